@@ -1,0 +1,51 @@
+"""Training pictures: rendered once, in parallel, kept in one file and in memory."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from catimage_accel.zoo.render import render
+from catimage_accel.zoo.scenes import IMAGE_SIZE, Scene, SceneSpec, Split, draw_spec, lay_out
+
+CHUNK = 500
+SPLIT_SEED: dict[Split, int] = {"train": 1, "test": 2}
+
+
+def scene(index: int, split: Split) -> Scene:
+    """Scene ``index`` of a split: the same one on every machine."""
+    rng = np.random.default_rng((SPLIT_SEED[split], index))
+    return lay_out(draw_spec(rng, split), rng)
+
+
+def spec(index: int, split: Split) -> SceneSpec:
+    """The meaning of scene ``index``, without its layout."""
+    return draw_spec(np.random.default_rng((SPLIT_SEED[split], index)), split)
+
+
+def _render_chunk(arguments: tuple[int, int, Split]) -> np.ndarray:
+    start, stop, split = arguments
+    return np.stack([render(scene(index, split)) for index in range(start, stop)])
+
+
+def rendered(number: int, split: Split, cache: Path | None = None) -> np.ndarray:
+    """The first ``number`` scenes' pictures: uint8 (number, 64, 64, 3). Kept in ``cache`` where given."""
+    path = cache / f"scenes-{split}-{number}.npy" if cache else None
+    if path and path.exists():
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    chunks = [(s, min(s + CHUNK, number), split) for s in range(0, number, CHUNK)]
+    pictures = np.empty((number, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    with ProcessPoolExecutor() as pool:
+        results = track(pool.map(_render_chunk, chunks), f"rendering {number} {split} scenes", total=len(chunks))
+        for (start, stop, _), chunk in zip(chunks, results, strict=True):
+            pictures[start:stop] = chunk
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, pictures)
+        os.replace(partial, path)
+    return pictures
