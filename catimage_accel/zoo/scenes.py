@@ -98,7 +98,7 @@ class Variety:
     """How much varies of what the caption leaves open. Sizes are the longer side in pixels, by object count."""
 
     sizes: tuple[tuple[float, float], ...] = ((30, 46), (24, 32), (21, 28), (20, 26))
-    max_angle: float = 20.0
+    max_angle: float = 12.0
     mirror_probability: float = 0.5
     textured_share: float = 0.7
     shade: int = 8
