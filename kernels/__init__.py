@@ -1,0 +1,5 @@
+"""Fused ops of diffusion UNets. Each is a folder: the public op, its validation, its reference and its kernels."""
+
+from catimage_accel.kernels.guided_step import guided_step
+
+__all__ = ["guided_step"]

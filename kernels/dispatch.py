@@ -1,0 +1,64 @@
+"""Which implementation of an op runs: the rules every op shares."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+Impl = Literal["reference", "triton"]
+IMPLS: tuple[Impl, ...] = ("reference", "triton")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@cache
+def triton_installed() -> bool:
+    """Whether triton can be imported (CPU builds of torch come without it)."""
+    return find_spec("triton") is not None
+
+
+@cache
+def triton_interprets() -> bool:
+    """Whether triton kernels run in its interpreter (``TRITON_INTERPRET=1``), which takes CPU tensors."""
+    if not triton_installed():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def choose_impl(impl: str | None, name: str, x: torch.Tensor, *others: torch.Tensor | None) -> Impl:
+    """The implementation to run on validated arguments.
+
+    Args:
+        impl: What the caller asked for; ``None`` is the best available: triton on CUDA tensors of a dtype it takes,
+            else the reference.
+        name: Name of the argument ``x``, for messages.
+        x: The argument whose device and dtype decide.
+        others: The op's other tensors. If any of them or ``x`` needs a gradient the reference runs whatever ``impl``
+            says, as only torch's own ops are differentiable.
+
+    Raises:
+        ValueError: ``impl`` is unknown, or it is "triton" and triton is missing or takes no such device or dtype.
+    """
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}; accepted: {', '.join(map(repr, IMPLS))} or None (best available)")
+    if impl == "triton":
+        if not triton_installed():
+            raise ValueError("impl is 'triton', but triton is not installed: pip install catimage-accel[triton]")
+        if x.dtype not in TRITON_DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; impl 'triton' accepts {', '.join(map(str, TRITON_DTYPES))}")
+        if not x.is_cuda and not triton_interprets():
+            raise ValueError(f"{name} is on {x.device}; impl 'triton' accepts CUDA tensors")
+    if impl == "reference" or needs_gradient(x, *others):
+        return "reference"
+    if impl == "triton":
+        return "triton"
+    return "triton" if x.is_cuda and x.dtype in TRITON_DTYPES and triton_installed() else "reference"
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record an op on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
