@@ -1,0 +1,268 @@
+"""Candidates, and the folder that describes a set of them: catalog.toml, costs.json, quality.parquet, router/."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field
+
+from catimage_accel.storage import Strict, read_json, validated, verify_files, write_atomic, write_checksums
+
+if TYPE_CHECKING:
+    from catimage_accel.routing import Router, ScoreTable
+
+BUILT_IN = "emoji"
+SAMPLERS = ("ddim", "euler", "dpmsolver++")
+PRECISIONS = ("fp32", "bf16", "fp16")
+CATALOG_FILE, COSTS_FILE, QUALITY_FILE = "catalog.toml", "costs.json", "quality.parquet"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.json", "*.txt", "*.toml", "*.safetensors", "*.parquet", "*.model"]
+
+Milliseconds = dict[str, dict[str, dict[str, dict[str, Annotated[float, Field(gt=0)]]]]]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80)]
+
+
+class _Options(Strict):
+    deepcache_interval: Annotated[int, Field(ge=1, le=1000)] | None = None
+
+
+class _CandidateFields(Strict):
+    name: Name
+    model: Annotated[str, Field(min_length=1)]
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    sampler: Literal["ddim", "euler", "dpmsolver++"]
+    guidance_scale: Annotated[float, Field(ge=0, le=100)]
+    unet: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "unet"
+    engine: Literal["eager"] = "eager"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    options: _Options = _Options()
+
+
+class _CatalogFields(Strict):
+    name: Name
+    metric: Name = "clip_score"
+    judge: Annotated[str, Field(min_length=1)] | None = None
+    candidate: Annotated[list[_CandidateFields], Field(min_length=1)]
+
+
+class _CostFields(Strict):
+    flops: dict[str, Annotated[int, Field(gt=0)]]
+    milliseconds: Milliseconds = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to turn a prompt into an image.
+
+    ``model`` is a diffusers folder, relative to the catalog's folder or absolute, or a hub id; ``unet`` the subfolder
+    of it with this candidate's UNet. ``steps`` is 1 to 1000; ``guidance_scale`` 0 to 100, and up to 1 means none (one
+    UNet row an image). ``options``: ``deepcache_interval`` (int, the UNet's deep features are recomputed every so many
+    steps). Any other value raises ValueError.
+    """
+
+    name: str
+    model: str
+    steps: int
+    sampler: str
+    guidance_scale: float
+    unet: str = "unet"
+    engine: str = "eager"
+    precision: str = "fp32"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        values = {**{key: getattr(self, key) for key in _CandidateFields.model_fields}, "options": dict(self.options)}
+        fields = validated(_CandidateFields, values, f"candidate {self.name!r}")
+        object.__setattr__(self, "guidance_scale", float(fields.guidance_scale))
+        object.__setattr__(self, "options", values["options"])
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """A set of candidates with what was measured of them, and the folder that holds it.
+
+    ``flops`` is floating-point operations an image (text encoder, guidance, all steps and the decode) and
+    ``milliseconds`` [device][engine][candidate][batch size] the time an image; both empty before `catimage profile`.
+    ``judge`` is the CLIP folder that scores pictures by ``metric``, relative to ``folder`` or absolute.
+    """
+
+    folder: Path
+    name: str
+    candidates: tuple[Candidate, ...]
+    metric: str = "clip_score"
+    judge: str | None = None
+    flops: Mapping[str, int] = field(default_factory=dict, hash=False)
+    milliseconds: Milliseconds = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        names = [candidate.name for candidate in self.candidates]
+        if not names:
+            raise ValueError(f"catalog {self.name!r} has no candidates; at least 1 is needed")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"candidate name {name!r} occurs {names.count(name)} times; names must differ")
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] = BUILT_IN, *, verify: bool = True) -> Catalog:
+        """The catalog in a folder, of a hub id, or the built-in "emoji".
+
+        Everything that can be checked without loading weights is: unknown keys, values out of range, missing files
+        and, unless ``verify`` is False, the checksums. Raises FileNotFoundError or ValueError, one line each.
+        """
+        folder = _find_folder(source)
+        path = folder / CATALOG_FILE
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} is missing; a catalog is a folder with {CATALOG_FILE}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not valid TOML: {error}") from None
+        if verify:
+            verify_files(folder)
+        fields = validated(_CatalogFields, values, str(path))
+        costs = _CostFields(flops={})
+        if (folder / COSTS_FILE).exists():
+            costs = validated(_CostFields, read_json(folder / COSTS_FILE), str(folder / COSTS_FILE))
+        try:
+            catalog = cls(
+                folder, fields.name,
+                tuple(Candidate(**entry.model_dump(exclude_none=True)) for entry in fields.candidate),
+                fields.metric, fields.judge, costs.flops, costs.milliseconds,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        for candidate in catalog.candidates:
+            if not _HUB_ID.fullmatch(candidate.model) or (folder / candidate.model).is_dir():
+                catalog.resolve_model(candidate.model)
+                _require(folder / candidate.model / candidate.unet / "config.json", path, candidate.name, "unet",
+                         candidate.unet)  # fmt: skip
+        if catalog.judge is not None:
+            _require(folder / catalog.judge / "config.json", path, catalog.name, "judge", catalog.judge)
+        return catalog
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Candidate name -> GFLOP an image: the cost that routing weighs and ``budget`` is given in."""
+        missing = [candidate.name for candidate in self.candidates if candidate.name not in self.flops]
+        if missing:
+            raise ValueError(
+                f"{self.folder / COSTS_FILE} has no flops for {', '.join(missing)}; "
+                f"measure them with `catimage profile {self.folder}`"
+            )
+        return {candidate.name: self.flops[candidate.name] / 1e9 for candidate in self.candidates}
+
+    def candidate(self, name: str) -> Candidate:
+        """The candidate of that name; ValueError lists the names there are."""
+        for candidate in self.candidates:
+            if candidate.name == name:
+                return candidate
+        names = ", ".join(candidate.name for candidate in self.candidates)
+        raise ValueError(f"candidate is {name!r}; catalog {self.name!r} has {names}")
+
+    def resolve_model(self, model: str) -> Path:
+        """The folder of a candidate's ``model``; a hub id is downloaded (safetensors and text files only)."""
+        folder = self.folder / model
+        if folder.is_dir():
+            return folder
+        if not _HUB_ID.fullmatch(model):
+            raise FileNotFoundError(
+                f"{self.folder / CATALOG_FILE}: model is {model!r}, but {folder} is not a folder; "
+                "accepted: a diffusers folder (relative to the catalog, or absolute) or a hub id"
+            )
+        return _download(model)
+
+    @property
+    def judge_folder(self) -> Path:
+        """The judge's folder; ValueError if the catalog names none."""
+        if self.judge is None:
+            raise ValueError(f"{self.folder / CATALOG_FILE}: judge is missing; name a CLIP folder that scores")
+        return self.folder / self.judge
+
+    def quality_table(self) -> ScoreTable:
+        """The measured scores, mean over seeds, in this catalog's metric."""
+        from catimage_accel.routing import ScoreTable
+
+        path = self.folder / QUALITY_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; make it with `catimage profile {self.folder} --prompts FILE`")
+        return ScoreTable.from_parquet(path, self.costs, self.metric)
+
+    def router(self) -> Router:
+        """The router fitted on this catalog."""
+        from catimage_accel.routing import load_router
+
+        folder = self.folder / "router"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is missing; fit a router with `catimage router fit {self.folder}`")
+        return load_router(folder)
+
+    def save(self, folder: str | os.PathLike[str]) -> Catalog:
+        """Writes catalog.toml and costs.json into ``folder``; relative paths then point back to the old folder."""
+        folder = Path(folder).absolute()
+        moved = folder != self.folder.absolute()
+
+        def place(path: str) -> str:
+            there = self.folder / path
+            return str(there.absolute()) if moved and there.exists() else path
+
+        copy = replace(
+            self, folder=folder, judge=None if self.judge is None else place(self.judge),
+            candidates=tuple(replace(candidate, model=place(candidate.model)) for candidate in self.candidates),
+        )  # fmt: skip
+        header = {"name": copy.name, "metric": copy.metric} | ({} if copy.judge is None else {"judge": copy.judge})
+        entries = [{key: value for key, value in asdict(one).items() if value != {}} for one in copy.candidates]
+        write_atomic(folder / CATALOG_FILE, tomli_w.dumps({**header, "candidate": entries}).encode())
+        if copy.flops:
+            costs = {"flops": dict(copy.flops), "milliseconds": copy.milliseconds}
+            write_atomic(folder / COSTS_FILE, (json.dumps(costs, indent=1) + "\n").encode())
+        return copy
+
+    def verify(self) -> None:
+        """Compares every file with checksums.json; raises FileNotFoundError or ValueError naming the first bad one."""
+        verify_files(self.folder)
+
+    def write_checksums(self) -> None:
+        """Lists size and sha256 of every file of the folder in checksums.json."""
+        write_checksums(self.folder)
+
+
+def _find_folder(source: str | os.PathLike[str]) -> Path:
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"catalog is {source!r}; accepted: a folder, a hub id, or {BUILT_IN!r}")
+    if source == BUILT_IN:
+        return Path(__file__).parent / "zoo" / BUILT_IN
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not folder.exists():
+        return _download(source)
+    raise FileNotFoundError(
+        f"catalog is {str(source)!r}, which is not a folder; accepted: a folder, a hub id, or {BUILT_IN!r}"
+    )
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = f"{repository!r} is not a folder here and could not be had from the hub: {reason}"
+        raise FileNotFoundError(text) from None
+
+
+def _require(file: Path, catalog: Path, owner: str, name: str, value: str) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{catalog}: {owner}: {name} is {value!r}, but {file} is missing")
+
+
