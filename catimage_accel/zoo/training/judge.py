@@ -1,0 +1,128 @@
+"""The zoo's judge: a CLIP trained on its own, on rendered scenes, never used to condition a picture.
+
+Besides the usual contrastive loss over the batch (Radford et al., arXiv 2103.00020) it learns to tell
+each caption from near misses of it, and its image patches learn to name the object they show; the head
+for that is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from catimage_accel.zoo.captions import caption, near_misses
+from catimage_accel.zoo.objects import NOUNS
+from catimage_accel.zoo.scenes import IMAGE_SIZE, Scene, SceneSpec
+from catimage_accel.zoo.training.autoencoder import to_pixels
+from catimage_accel.zoo.training.data import rendered, scene
+from catimage_accel.zoo.training.loop import TrainConfig, Trainer
+
+PATCH = 8
+WIDTH = 192
+NEAR_MISSES = 5
+PATCH_LOSS_WEIGHT = 0.5
+DEFAULTS = TrainConfig(steps=2400, batch_size=96, learning_rate=1e-3, warmup=200, weight_decay=0.05, ema_decay=0.995)
+
+
+def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
+    shared = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    text = shared | {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 2,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = shared | {"image_size": IMAGE_SIZE, "patch_size": PATCH, "num_hidden_layers": 4}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+
+
+class _JudgeWithPatchHead(nn.Module):
+    def __init__(self, clip: CLIPModel):
+        super().__init__()
+        self.clip = clip
+        self.patch_head = nn.Linear(WIDTH, len(NOUNS) + 1)
+
+
+def patch_labels(picture: Scene) -> np.ndarray:
+    """For each of the 8x8 patches the index of the noun whose object covers its middle, or len(NOUNS)."""
+    side = IMAGE_SIZE // PATCH
+    middles = (np.arange(side) + 0.5) * PATCH
+    labels = np.full((side, side), len(NOUNS))
+    for placed in picture.objects:
+        inside = np.hypot(middles[None, :] - placed.x, middles[:, None] - placed.y) < 0.45 * placed.size
+        labels[inside] = NOUNS.index(placed.noun)
+    return labels.reshape(-1)
+
+
+def train_judge(
+    folder: Path, config: TrainConfig, device: torch.device, tokenizer: CLIPTokenizer, scenes: int = 48_000
+) -> CLIPModel:
+    """Train, or go on training, in ``folder``; returns the averaged model in float32."""
+    torch.manual_seed(config.seed + 77)
+    pictures = rendered(scenes, "train", folder.parent)
+    layouts = [scene(index, "train") for index in range(scenes)]
+    labels = torch.from_numpy(np.stack([patch_labels(layout) for layout in layouts]))
+    model = _JudgeWithPatchHead(new_judge(tokenizer))
+    trainer = Trainer(model, config, folder, device, "judge")
+
+    def loss_fn(step: int, generator: torch.Generator) -> torch.Tensor:
+        index = torch.randint(scenes, (config.batch_size,), generator=generator)
+        words = np.random.default_rng((config.seed + 77, step))
+        groups = [
+            [layouts[i].spec, *near_misses(layouts[i].spec, NEAR_MISSES, words)] for i in index.tolist()
+        ]
+        captions = [caption(said, words) for group in groups for said in group]
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(device)
+        vision = model.clip.vision_model(to_pixels(pictures[index.numpy()], device))
+        image = F.normalize(model.clip.visual_projection(vision.pooler_output).float(), dim=-1)
+        encoded = model.clip.text_model(tokens.input_ids).pooler_output
+        text = F.normalize(model.clip.text_projection(encoded).float(), dim=-1)
+        text = text.view(len(groups), NEAR_MISSES + 1, -1)
+        scale = model.clip.logit_scale.float().exp().clamp(max=100)
+        # an image against every true caption of the batch and its own near misses
+        against_batch = scale * image @ text[:, 0].T
+        against_misses = scale * torch.einsum("bd,bmd->bm", image, text[:, 1:])
+        target = torch.arange(len(groups), device=device)
+        contrast = F.cross_entropy(torch.cat([against_batch, against_misses], 1), target)
+        contrast = (contrast + F.cross_entropy(against_batch.T, target)) / 2
+        patches = model.patch_head(vision.last_hidden_state[:, 1:]).float()
+        named = F.cross_entropy(patches.flatten(0, 1), labels[index].to(device).flatten())
+        return contrast + PATCH_LOSS_WEIGHT * named
+
+    trainer.run(loss_fn)
+    model.float()
+    model.load_state_dict(trainer.ema_state())
+    return model.clip
+
+
+@torch.no_grad()
+def choice_accuracy(
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    pictures: np.ndarray,
+    specs: list[SceneSpec],
+    misses: int = 15,
+    seed: int = 0,
+    on_done: Callable[[], None] | None = None,
+) -> np.ndarray:
+    """For each picture (n, 64, 64, 3) whether ``clip`` scores its true caption above all near misses: bool (n,)."""
+    rng = np.random.default_rng(seed)
+    right = np.zeros(len(pictures), bool)
+    for i, said in enumerate(specs):
+        captions = [caption(other, rng) for other in (said, *near_misses(said, misses, rng))]
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(clip.device)
+        pixels = to_pixels(pictures[i : i + 1], clip.device).to(clip.dtype)
+        image = F.normalize(clip.visual_projection(clip.vision_model(pixels).pooler_output), dim=-1)
+        text = F.normalize(clip.text_projection(clip.text_model(tokens.input_ids).pooler_output), dim=-1)
+        right[i] = int((text @ image[0]).argmax()) == 0
+        if on_done:
+            on_done()
+    return right
