@@ -86,3 +86,13 @@ def measure(
     Console().print_json(json.dumps(figures))
     if out:
         out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@app.command()
+def card(
+    catalog: Annotated[Path, typer.Argument(help="A catalog folder with training.json and figures.json.")],
+) -> None:
+    """Write the model card from what training and measuring recorded."""
+    from catimage_accel.zoo.card import write_card
+
+    typer.echo(write_card(catalog))

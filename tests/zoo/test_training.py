@@ -65,7 +65,7 @@ def test_patch_labels_mark_the_object_where_it_is():
 
 
 def test_unknown_part_is_named_with_the_parts_there_are(tmp_path):
-    with pytest.raises(ValueError, match="'decoder'.*tokenizer, autoencoder, teacher, small, judge"):
+    with pytest.raises(ValueError, match=r"'decoder'.*tokenizer, autoencoder, teacher, small, judge"):
         train_part("decoder", tmp_path, CPU)
 
 

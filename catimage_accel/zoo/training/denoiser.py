@@ -116,14 +116,12 @@ def train_denoiser(
     def loss_fn(step: int, generator: torch.Generator) -> torch.Tensor:
         index = torch.randint(scenes, (config.batch_size,), generator=generator)
         words = np.random.default_rng((config.seed, step))
-        captions = [
-            "" if words.random() < CAPTION_DROPOUT else caption(specs[i], words) for i in index.tolist()
-        ]
+        captions = ["" if words.random() < CAPTION_DROPOUT else caption(specs[i], words) for i in index.tolist()]
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         clean = latents[index].float()
         noise = torch.randn(clean.shape, generator=generator)
         # one timestep from each of batch_size equal strata: the same expectation, less variance
-        strata = (torch.arange(config.batch_size) + torch.rand(config.batch_size, generator=generator))
+        strata = torch.arange(config.batch_size) + torch.rand(config.batch_size, generator=generator)
         timestep = (strata / config.batch_size * len(alphas)).long().clamp(max=len(alphas) - 1)
         alpha = alphas[timestep].sqrt().view(-1, 1, 1, 1)
         sigma = (1 - alphas[timestep]).sqrt().view(-1, 1, 1, 1)

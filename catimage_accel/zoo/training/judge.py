@@ -76,9 +76,7 @@ def train_judge(
     def loss_fn(step: int, generator: torch.Generator) -> torch.Tensor:
         index = torch.randint(scenes, (config.batch_size,), generator=generator)
         words = np.random.default_rng((config.seed + 77, step))
-        groups = [
-            [layouts[i].spec, *near_misses(layouts[i].spec, NEAR_MISSES, words)] for i in index.tolist()
-        ]
+        groups = [[layouts[i].spec, *near_misses(layouts[i].spec, NEAR_MISSES, words)] for i in index.tolist()]
         captions = [caption(said, words) for group in groups for said in group]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(device)
         vision = model.clip.vision_model(to_pixels(pictures[index.numpy()], device))

@@ -93,9 +93,7 @@ def _train_small(work: Path, pieces: Path, config: TrainConfig, device: torch.de
     tokenizer, vae = load_piece(pieces, "tokenizer"), load_piece(pieces, "vae").to(device)
     unet = denoiser.new_small(vae.config.latent_channels)
     text_encoder = load_piece(pieces, "text_encoder")
-    denoiser.train_denoiser(
-        work / "small", config, device, vae, tokenizer, text_encoder, unet, train_text=False
-    )
+    denoiser.train_denoiser(work / "small", config, device, vae, tokenizer, text_encoder, unet, train_text=False)
     save_piece(unet, pieces / "unet_small")
 
 
@@ -142,7 +140,7 @@ def _write_run(folder: Path, config: TrainConfig, device: torch.device) -> None:
 
 
 def pack(work: Path, out: Path) -> None:
-    """Assemble the pieces: ``out/model``, a Stable Diffusion folder with a second UNet beside the first, and ``out/judge``."""
+    """Assemble ``out/model``, a Stable Diffusion folder with a second UNet beside the first, and ``out/judge``."""
     pieces = work / "pieces"
     pipeline = StableDiffusionPipeline(
         vae=load_piece(pieces, "vae"),
