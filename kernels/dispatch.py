@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -62,3 +63,22 @@ def choose_impl(impl: str | None, name: str, x: torch.Tensor, *others: torch.Ten
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd would record an op on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def register_triton_op(
+    name: str, fn: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Registers ``fn``, which launches wrapped Triton kernels, as ``torch.ops.catimage_accel.<name>``.
+
+    A ``triton_op``, so that ``torch.compile`` sees the kernels; an opaque custom op under Triton's interpreter, whose
+    kernels cannot be traced.
+
+    Args:
+        name: Name of the op.
+        fn: The implementation; its annotations are the op's schema; it mutates no argument.
+        fake: The same signature on tensors without data: shapes, dtypes and strides of the results.
+    """
+    register = torch.library.custom_op if triton_interprets() else torch.library.triton_op
+    op = register(f"catimage_accel::{name}", fn, mutates_args=())
+    op.register_fake(fake)
+    return op

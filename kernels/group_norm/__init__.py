@@ -1,0 +1,51 @@
+"""``group_norm``: group normalisation with an optional SiLU."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from catimage_accel.kernels.dispatch import choose_impl
+from catimage_accel.kernels.group_norm import reference
+from catimage_accel.kernels.group_norm.validation import validate
+
+__all__ = ["group_norm"]
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """``activation((x - mean) / sqrt(var + eps) * weight + bias)``, moments per image and group of channels.
+
+    The variance is the biased one of ``torch.nn.GroupNorm`` (arXiv 1803.08494). A result does not depend on the other
+    images of the batch, and the same input gives the same bits.
+
+    Args:
+        x: (batch, channels, ...), any floating-point dtype, in any layout; a dense channels-last one (4D or other) is
+            kept in the result.
+        num_groups: Divides the channels.
+        weight: (channels,), dtype and device of ``x``, or ``None`` for ones.
+        bias: (channels,), dtype and device of ``x``, or ``None`` for zeros.
+        eps: 0 or more.
+        activation: "silu" or ``None``.
+        impl: "reference" (torch's ``group_norm``, then ``silu``), "triton" (float16, bfloat16 or float32) or ``None``,
+            the best available. Where a gradient is needed the reference runs.
+
+    Returns:
+        Shape and dtype of ``x``.
+
+    Raises:
+        ValueError: An argument's shape, dtype, device or value is not accepted; names it, its value and what is.
+    """
+    validate(x, num_groups, weight, bias, eps, activation)
+    if choose_impl(impl, "x", x, weight, bias) == "triton":
+        from catimage_accel.kernels.group_norm import triton
+
+        return triton.group_norm(x, num_groups, weight, bias, eps, activation=activation)
+    return reference.group_norm(x, num_groups, weight, bias, eps, activation=activation)

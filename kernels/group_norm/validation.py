@@ -1,0 +1,35 @@
+"""What ``group_norm`` accepts."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+ACTIVATIONS = (None, "silu")
+
+
+def validate(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str | None
+) -> None:
+    """Raises ValueError naming the first argument that is off, its value and what is accepted."""
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; accepted: a floating-point (batch, channels, ...) tensor"
+        )
+    channels = x.shape[1]
+    if num_groups < 1 or channels == 0 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}; accepted: a divisor of x's {channels} channels")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.shape != (channels,):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: ({channels},), one per channel, or None")
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: x's, {x.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; accepted: x's device, {x.device}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps is {eps}; accepted: a finite number of 0 or more")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; accepted: {', '.join(map(repr, ACTIVATIONS))}")
