@@ -1,0 +1,150 @@
+"""The engine that runs diffusers' modules as they are, in PyTorch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from catimage_accel.engines.deepcache import denoise_with_deep_features
+from catimage_accel.engines.loading import check_model_folder, check_precision, load_component
+from catimage_accel.engines.protocol import DeepFeatures, TextBatch, TextState
+from catimage_accel.engines.text import CachedText
+
+__all__ = ["EagerEngine", "SharedParts"]
+
+
+class SharedParts:
+    """Tokenizer, text encoder and decoder of one model folder, for all engines over UNets of that folder.
+
+    Weights are in ``dtype``, except that a float16 decoder whose config says ``force_upcast`` is kept in float32.
+    """
+
+    def __init__(self, model: Path, dtype: torch.dtype, device: torch.device) -> None:
+        from diffusers import AutoencoderKL
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        self.model, self.dtype, self.device = model, dtype, device
+        self.tokenizer = CLIPTokenizer.from_pretrained(str(model), subfolder="tokenizer", local_files_only=True)
+        self.text_encoder = load_component(CLIPTextModel, model, "text_encoder", dtype).to(device)
+        vae = load_component(AutoencoderKL, model, "vae", dtype)
+        if dtype == torch.float16 and vae.config.force_upcast:
+            vae = vae.float()
+        self.vae = vae.to(device=device, memory_format=torch.channels_last)
+        self.scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._hidden: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """The text encoder's last state, (tokens, features), of each prompt; not computed again while in use."""
+        states = {prompt: state for prompt in prompts if (state := self._hidden.get(prompt)) is not None}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in states]
+        if missing:
+            hidden = self.text_encoder(self._token_ids(missing), attention_mask=None)[0].to(self.dtype)
+            states |= {prompt: row.clone() for prompt, row in zip(missing, hidden, strict=True)}
+            self._hidden.update(states)
+        return [states[prompt] for prompt in prompts]
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (n, 3, height, width), float32 around [-1, 1], of latents (n, C, h, w)."""
+        vae = self.vae
+        latents = latents.float() / vae.config.scaling_factor
+        latents = latents.to(device=self.device, dtype=vae.dtype, memory_format=torch.channels_last)
+        return vae.decode(latents, return_dict=False)[0].float()
+
+    def _token_ids(self, prompts: list[str]) -> Tensor:
+        limit = self.tokenizer.model_max_length
+        ids = self.tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+        whole = self.tokenizer(prompts, padding=False, truncation=False, verbose=False).input_ids
+        for prompt, tokens in zip(prompts, whole, strict=True):
+            if len(tokens) > limit:
+                cut = self.tokenizer.decode(tokens[limit - 1 : -1])
+                warnings.warn(
+                    f"the prompt {prompt!r} has {len(tokens)} tokens; only {limit} are read, and {cut!r} is cut off",
+                    UserWarning, stacklevel=2,
+                )  # fmt: skip
+        return ids.input_ids.to(self.device)
+
+
+class EagerEngine:
+    """A ``UNet2DConditionModel`` of a diffusers folder in PyTorch, with the parts it shares with its siblings.
+
+    Weights and activations are float32, bfloat16 or float16 by ``precision``; samples come and go in float32, so that
+    what a sampler accumulates over the steps is never rounded to 16 bits. See :class:`~.protocol.Engine` for the calls.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        unet: str = "unet",
+        precision: str = "fp32",
+        device: torch.device | str = "cpu",
+        shared: SharedParts | None = None,
+    ) -> None:
+        """Loads ``model/unet`` and, unless ``shared`` is given, the other parts of ``model``.
+
+        Raises FileNotFoundError or ValueError, before any weight is read, for folders that can't be run.
+        """
+        from diffusers import UNet2DConditionModel
+
+        self.device = torch.device(device)
+        self.dtype = check_precision(precision, self.device)
+        check_model_folder(model, unet)
+        if shared is not None and (shared.dtype, shared.device) != (self.dtype, self.device):
+            raise ValueError(
+                f"shared is in {shared.dtype} on {shared.device}; accepted: {self.dtype} on {self.device}, as the UNet"
+            )
+        self.shared = SharedParts(model, self.dtype, self.device) if shared is None else shared
+        loaded = load_component(UNet2DConditionModel, model, unet, self.dtype)
+        self.unet = loaded.to(device=self.device, memory_format=torch.channels_last)
+        self._text = CachedText(self.unet)
+        self._states: WeakValueDictionary[str, TextState] = WeakValueDictionary()
+
+        size = self.unet.config.sample_size
+        self.channels: int = self.unet.config.in_channels
+        self.sample_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.scale_factor: int = self.shared.scale_factor
+
+    @torch.inference_mode()
+    def encode_prompts(self, prompts: Sequence[str]) -> list[TextState]:
+        states = {prompt: state for prompt in prompts if (state := self._states.get(prompt)) is not None}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in states]
+        if missing:
+            hidden = self.shared.encode(missing)
+            layers = self._text.keys_values(self.unet.process_encoder_hidden_states(torch.stack(hidden), None))
+            for row, prompt in enumerate(missing):
+                own = tuple((key[row].clone(), value[row].clone()) for key, value in layers)
+                states[prompt] = TextState(prompt, hidden[row], own)
+            self._states.update(states)
+        return [states[prompt] for prompt in prompts]
+
+    @torch.inference_mode()
+    def gather(self, states: Sequence[TextState]) -> TextBatch:
+        return TextBatch.gather(states)
+
+    @torch.inference_mode()
+    def denoise(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        text: TextBatch,
+        added: Mapping[str, Any] | None = None,
+        *,
+        deep: DeepFeatures | None = None,
+    ) -> Tensor:
+        sample = sample.to(dtype=self.dtype, memory_format=torch.channels_last)
+        if deep is not None:
+            noise = denoise_with_deep_features(self.unet, self._text, sample, timestep, text, added, deep)
+        else:
+            self._text.current = text
+            noise = self.unet(sample, timestep, text.hidden, added_cond_kwargs=added, return_dict=False)[0]
+        return noise.to(dtype=torch.float32, memory_format=torch.contiguous_format)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.shared.decode(latents)

@@ -1,0 +1,87 @@
+"""Reads diffusers folders: checked before any weight is loaded, safetensors only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["PRECISIONS", "check_model_folder", "check_precision", "load_component"]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_WEIGHTS = {"text_encoder": "model"}
+_CLASSES = {"text_encoder": ("CLIPTextModel",), "vae": ("AutoencoderKL",)}
+_UNET_CLASSES = ("UNet2DConditionModel",)
+
+
+def check_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of "fp32", "bf16" or "fp16"; ValueError for anything else, and for fp16 on the CPU."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; accepted: {', '.join(PRECISIONS)}")
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision is 'fp16' on device 'cpu'; accepted there: fp32, bf16")
+    return PRECISIONS[precision]
+
+
+def check_model_folder(model: Path, unet: str = "unet") -> None:
+    """Raises FileNotFoundError or ValueError, one line, for a folder that no engine here can run.
+
+    Looks at names and configs only: the parts are there, of Stable Diffusion's classes, their weights as safetensors.
+    """
+    if not model.is_dir():
+        raise FileNotFoundError(f"{model} is not a folder; accepted: a diffusers model folder")
+    if (model / "text_encoder_2").exists():
+        raise ValueError(f"{model} has a text_encoder_2; accepted: models of Stable Diffusion 1.x's and 2.x's layout")
+    if not (model / "tokenizer").is_dir():
+        raise FileNotFoundError(f"{model / 'tokenizer'} is missing; a diffusers model folder has one")
+    for part, classes in {**_CLASSES, unet: _UNET_CLASSES}.items():
+        config = _read_config(model / part)
+        found = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+        if found not in classes:
+            raise ValueError(f"{model / part / 'config.json'}: the class is {found!r}; accepted: {', '.join(classes)}")
+        if config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                f"{model / part / 'config.json'}: time_cond_proj_dim is {config['time_cond_proj_dim']}; accepted: "
+                "UNets without a guidance embedding"
+            )
+        _weight_variant(model / part, part)
+
+
+def load_component(kind: Any, model: Path, part: str, dtype: torch.dtype) -> Any:
+    """``kind.from_pretrained`` of one part of a folder: safetensors only, never the network; in eval mode."""
+    variant = _weight_variant(model / part, part)
+    name = "dtype" if part == "text_encoder" else "torch_dtype"
+    component = kind.from_pretrained(
+        str(model), subfolder=part, use_safetensors=True, local_files_only=True, variant=variant, **{name: dtype}
+    )
+    return component.eval().requires_grad_(False)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; accepted: a diffusers model folder with that part")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; accepted: an object")
+    return config
+
+
+def _weight_variant(folder: Path, part: str) -> str | None:
+    """The variant ("fp16") of the folder's safetensors, None for plain ones; shards count by their index file."""
+    stem = _WEIGHTS.get(part, "diffusion_pytorch_model")
+    for variant in (None, "fp16"):
+        infix = "" if variant is None else f".{variant}"
+        if any((folder / name).is_file() for name in (
+            f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json",
+        )):  # fmt: skip
+            return variant
+    others = sorted(path.name for path in folder.glob("*.bin"))
+    found = f"found {', '.join(others)}, a pickle, which is never loaded" if others else "found none"
+    raise FileNotFoundError(f"{folder} has no {stem}.safetensors ({found})")

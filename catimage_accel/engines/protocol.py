@@ -1,0 +1,104 @@
+"""What an engine is: the device half of a candidate, with no knowledge of samplers or requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = ["DeepFeatures", "Engine", "TextBatch", "TextState"]
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class TextState:
+    """What one prompt gives a UNet: everything about it that does not change over the steps.
+
+    ``hidden`` (tokens, features) is the text encoder's last state; ``layers`` holds the keys and values that each
+    cross-attention layer computes from it, (tokens, heads, head_dim) each, in the order of the UNet's modules.
+    """
+
+    prompt: str
+    hidden: Tensor
+    layers: tuple[KeyValue, ...] = ()
+
+
+@dataclass(eq=False)
+class TextBatch:
+    """TextStates gathered for the rows of a batch: ``hidden`` (rows, tokens, features), ``layers`` with a rows axis."""
+
+    hidden: Tensor
+    layers: list[KeyValue]
+    _subsets: dict[tuple[int, ...], TextBatch] = field(default_factory=dict)
+
+    @classmethod
+    def gather(cls, states: Sequence[TextState]) -> TextBatch:
+        layers = zip(*(state.layers for state in states), strict=True)
+        return cls(
+            torch.stack([state.hidden for state in states]),
+            [(torch.stack([key for key, _ in rows]), torch.stack([value for _, value in rows])) for rows in layers],
+        )
+
+    def rows(self, index: tuple[int, ...]) -> TextBatch:
+        """The batch of these rows only; computed once an index."""
+        if index not in self._subsets:
+            rows = torch.tensor(index, device=self.hidden.device)
+            self._subsets[index] = TextBatch(self.hidden[rows], [(key[rows], value[rows]) for key, value in self.layers])
+        return self._subsets[index]
+
+
+@dataclass(eq=False)
+class DeepFeatures:
+    """The part of the UNet's work that DeepCache carries from step to step (arXiv 2312.00858).
+
+    ``features`` (rows, channels, height, width) is the input of the last up block, None before the first step;
+    ``refresh`` names the rows whose features this step recomputes (None: all). The engine updates ``features``.
+    """
+
+    features: Tensor | None = None
+    refresh: tuple[int, ...] | None = None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """One set of UNet weights on one device, with the text encoder and decoder that go with it.
+
+    An engine keeps no state between calls that shows in a result, and serves one thread at a time.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    channels: int
+    """Channels of the latents."""
+    sample_size: tuple[int, int]
+    """Height and width of the latents that the UNet was trained on."""
+    scale_factor: int
+    """Pixels a latent, along each side."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[TextState]:
+        """One state a prompt, in order; a prompt whose state is still in use anywhere is not computed again."""
+        ...
+
+    def gather(self, states: Sequence[TextState]) -> TextBatch:
+        """The states as one batch, to be kept for as long as the rows stay the same."""
+        ...
+
+    def denoise(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        text: TextBatch,
+        added: Mapping[str, Any] | None = None,
+        *,
+        deep: DeepFeatures | None = None,
+    ) -> Tensor:
+        """The UNet's output, float32 (rows, C, h, w), for ``sample`` (rows, C, h, w) and ``timestep`` (rows,)."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (n, 3, height, width), float32 around [-1, 1], of latents (n, C, h, w)."""
+        ...

@@ -1,0 +1,97 @@
+"""The executor: takes jobs of any candidates, draws them in shared batches, hands images back as they finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from catimage_accel.engines import Engine, EngineCache
+from catimage_accel.executor.flight import Flight, OnStep
+from catimage_accel.executor.job import Finished, Job, check_guidance
+from catimage_accel.executor.samplers import SamplerTable, read_scheduler_config, sampler_table
+
+if TYPE_CHECKING:
+    from catimage_accel.catalog import Candidate
+
+__all__ = ["Executor"]
+
+
+class Executor:
+    """Draws jobs with step-level batching.
+
+    Work is batched by the denoising step. Candidates that share UNet weights (model, ``unet``, engine, precision)
+    share batches, whatever their sampler, steps, guidance or DeepCache interval: every row has its own timestep and
+    coefficients. Between steps finished images leave and waiting jobs join. An image depends on its job only, beyond
+    rounding: float32 latents are those of diffusers' pipeline with the sampler's scheduler to 1e-3.
+
+    With precision "bf16" or "fp16" the text encoder, the UNet and the decoder run in that type (a float16 decoder
+    whose config says ``force_upcast``: in float32); samples are float32 between the steps, where diffusers would
+    round them.
+
+    A job that fails costs no other job its image. What is wrong with one job (a missing folder, an unknown sampler, an
+    exception in the step or the decode) comes back as its :class:`Finished` with ``error`` set; a step or a decode that
+    fails for a batch is repeated image by image to find the one at fault. To have such errors raised before any
+    work starts, call :meth:`check` first. If ``jobs`` itself raises, the jobs taken on until then are finished and
+    the error is raised after them. What ``on_step`` raises is raised at once.
+
+    Not thread-safe: one run at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch: int = 16,
+        device: torch.device | str | None = None,
+        resolve_model: Callable[[str], Path] | None = None,
+    ) -> None:
+        """
+        Args:
+            max_batch: Most images stepped together (with guidance, two UNet rows each); 1 or more.
+            device: Where to run; None: CUDA where there is one, else the CPU.
+            resolve_model: Turns a candidate's ``model`` into a folder, e.g. ``Catalog.resolve_model``; None takes it
+                for a path.
+        """
+        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch!r}; accepted: a whole number from 1")
+        self.max_batch = max_batch
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._resolve_model = resolve_model or Path
+        self._engines = EngineCache(self.device)
+        self._tables: dict[tuple[Path, str, int], SamplerTable] = {}
+
+    def check(self, candidate: Candidate) -> None:
+        """Raises ValueError or FileNotFoundError for a candidate that can't be drawn; reads configs, no weights."""
+        model = self._resolve_model(candidate.model)
+        self._engines.check(model, candidate.unet, candidate.engine, candidate.precision)
+        check_guidance(candidate.guidance_scale)
+        for option, value in candidate.options.items():
+            if option != "deepcache_interval":
+                raise ValueError(f"option is {option!r}; accepted: deepcache_interval")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"deepcache_interval is {value!r}; accepted: a whole number from 1")
+        self._table(model, candidate)
+
+    def prepare(self, candidate: Candidate) -> tuple[Engine, SamplerTable]:
+        """What draws the candidate, loaded on first use. Raises as :meth:`check` does."""
+        self.check(candidate)
+        model = self._resolve_model(candidate.model)
+        engine = self._engines.get(model, candidate.unet, candidate.engine, candidate.precision)
+        return engine, self._table(model, candidate)
+
+    def run(self, jobs: Iterable[Job], *, on_step: OnStep | None = None) -> Iterator[Finished]:
+        """Draws the jobs; yields each as it finishes, so not in the order of ``jobs``.
+
+        ``jobs`` is pulled lazily, at most ``max_batch`` jobs beyond those that fit into batches at once; ``next`` on it
+        should not block for long, for nothing is drawn meanwhile. ``on_step`` is called with a :class:`Step` for every
+        image after each of its steps, and may return latents to go on from.
+        """
+        return Flight(self, jobs, on_step).finished()
+
+    def _table(self, model: Path, candidate: Candidate) -> SamplerTable:
+        key = (model, candidate.sampler, candidate.steps)
+        if key not in self._tables:
+            self._tables[key] = sampler_table(candidate.sampler, candidate.steps, read_scheduler_config(model))
+        return self._tables[key]
