@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from catimage_accel.routing import Router, ScoreTable
 
 BUILT_IN = "emoji"
-SAMPLERS = ("ddim", "euler", "dpmsolver++")
-PRECISIONS = ("fp32", "bf16", "fp16")
 CATALOG_FILE, COSTS_FILE, QUALITY_FILE = "catalog.toml", "costs.json", "quality.parquet"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.txt", "*.toml", "*.safetensors", "*.parquet", "*.model"]
@@ -50,6 +48,7 @@ class _CatalogFields(Strict):
     name: Name
     metric: Name = "clip_score"
     judge: Annotated[str, Field(min_length=1)] | None = None
+    tradeoff: Annotated[float, Field(ge=0)] = 0.0
     candidate: Annotated[list[_CandidateFields], Field(min_length=1)]
 
 
@@ -91,7 +90,9 @@ class Catalog:
 
     ``flops`` is floating-point operations an image (text encoder, guidance, all steps and the decode) and
     ``milliseconds`` [device][engine][candidate][batch size] the time an image; both empty before `catimage profile`.
-    ``judge`` is the CLIP folder that scores pictures by ``metric``, relative to ``folder`` or absolute.
+    ``judge`` is the CLIP folder that scores pictures by ``metric``, relative to ``folder`` or absolute; ``tradeoff``
+    what routing uses unless told otherwise: the quality, in the metric's unit, that one gives up to save the dearest
+    candidate's cost.
     """
 
     folder: Path
@@ -99,6 +100,7 @@ class Catalog:
     candidates: tuple[Candidate, ...]
     metric: str = "clip_score"
     judge: str | None = None
+    tradeoff: float = 0.0
     flops: Mapping[str, int] = field(default_factory=dict, hash=False)
     milliseconds: Milliseconds = field(default_factory=dict, hash=False)
 
@@ -135,7 +137,7 @@ class Catalog:
             catalog = cls(
                 folder, fields.name,
                 tuple(Candidate(**entry.model_dump(exclude_none=True)) for entry in fields.candidate),
-                fields.metric, fields.judge, costs.flops, costs.milliseconds,
+                fields.metric, fields.judge, fields.tradeoff, costs.flops, costs.milliseconds,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -202,7 +204,7 @@ class Catalog:
         folder = self.folder / "router"
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is missing; fit a router with `catimage router fit {self.folder}`")
-        return load_router(folder)
+        return load_router(folder, candidates=[candidate.name for candidate in self.candidates])
 
     def save(self, folder: str | os.PathLike[str]) -> Catalog:
         """Writes catalog.toml and costs.json into ``folder``; relative paths then point back to the old folder."""
@@ -217,7 +219,8 @@ class Catalog:
             self, folder=folder, judge=None if self.judge is None else place(self.judge),
             candidates=tuple(replace(candidate, model=place(candidate.model)) for candidate in self.candidates),
         )  # fmt: skip
-        header = {"name": copy.name, "metric": copy.metric} | ({} if copy.judge is None else {"judge": copy.judge})
+        header = {"name": copy.name, "metric": copy.metric, "judge": copy.judge, "tradeoff": copy.tradeoff}
+        header = {key: value for key, value in header.items() if value is not None}
         entries = [{key: value for key, value in asdict(one).items() if value != {}} for one in copy.candidates]
         write_atomic(folder / CATALOG_FILE, tomli_w.dumps({**header, "candidate": entries}).encode())
         if copy.flops:

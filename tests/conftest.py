@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 
+from catimage_accel.catalog import Candidate, Catalog
+from catimage_accel.routing import KNNRouter
 from catimage_accel.zoo.training.tokenizer import build_tokenizer
 
 torch.set_num_threads(1)
@@ -53,3 +58,56 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-sd")
     tiny_stable_diffusion().save_pretrained(folder)
     return folder
+
+
+TINY_CANDIDATES = {"cheap-2": ("ddim", 2, 1.0, {}), "middle-3": ("dpmsolver++", 3, 3.0, {"deepcache_interval": 2}),
+                   "dear-4": ("euler", 4, 3.0, {})}  # fmt: skip
+TINY_GFLOP = {"cheap-2": 1, "middle-3": 3, "dear-4": 8}
+
+
+@pytest.fixture(scope="session")
+def tiny_catalog(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole catalog: three candidates of ``tiny_sd_folder``, a random judge, scores, a fitted router, checksums.
+
+    The scores say that "cheap-2" draws single objects as well as any, and that crowds need "dear-4". Copy it to change it.
+    """
+    folder = tmp_path_factory.mktemp("tiny-catalog")
+    shutil.copytree(tiny_sd_folder, folder / "model")
+    save_tiny_judge(folder / "judge")
+    candidates = tuple(
+        Candidate(name, "model", steps, sampler, guidance_scale, options=options)
+        for name, (sampler, steps, guidance_scale, options) in TINY_CANDIDATES.items()
+    )
+    flops = {name: gflop * 10**9 for name, gflop in TINY_GFLOP.items()}
+    catalog = Catalog(folder, "tiny", candidates, judge="judge", tradeoff=0.05, flops=flops).save(folder)
+    nouns = ("dog", "cat", "crown", "lemon", "castle", "rocket", "bee", "star")
+    prompts = [f"a {noun}" for noun in nouns] + [
+        f"a {one}, a {two} and three {three}s" for one, two, three in zip(nouns, nouns[1:], nouns[2:], strict=False)
+    ]
+    rows = [
+        {"prompt": prompt, "candidate": name, "seed": 0, "metric": "clip_score",
+         "score": 0.3 - 0.02 * prompt.count(",") * (8 - TINY_GFLOP[name])}
+        for prompt in prompts for name in TINY_CANDIDATES
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "quality.parquet")
+    KNNRouter(k=3, shrinkage=0.0).fit(catalog.quality_table()).save(folder / "router")
+    catalog.write_checksums()
+    return folder
+
+
+def save_tiny_judge(folder: Path) -> None:
+    """A random CLIP model with tokenizer and image processor, weights fixed by a seed."""
+    torch.manual_seed(1)
+    tokenizer = build_tokenizer(captions=300)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)

@@ -1,0 +1,64 @@
+"""``catimage candidates``: what a catalog holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from catimage_accel.catalog import BUILT_IN, QUALITY_FILE, Catalog, Milliseconds
+from catimage_accel.cli.console import results
+
+
+def list_candidates(
+    catalog: Annotated[str, typer.Option(help="A catalog: a folder, a hub id, or the built-in name.")] = BUILT_IN,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a candidate instead.")] = False,
+) -> None:
+    """List a catalog's candidates, dearest first, with their measured costs and qualities."""
+    loaded = Catalog.load(catalog)
+    qualities: dict[str, float] = {}
+    if (loaded.folder / QUALITY_FILE).is_file() and loaded.flops:
+        scores = loaded.quality_table()
+        qualities = dict(zip(scores.candidates, scores.mean_scores.tolist(), strict=True))
+    rows: list[dict[str, Any]] = [
+        {
+            "name": candidate.name, "model": candidate.model, "unet": candidate.unet, "steps": candidate.steps,
+            "sampler": candidate.sampler, "guidance_scale": candidate.guidance_scale, "engine": candidate.engine,
+            "precision": candidate.precision, "options": dict(candidate.options),
+            "gflop": loaded.flops[candidate.name] / 1e9 if candidate.name in loaded.flops else None,
+            "quality": qualities.get(candidate.name),
+            "milliseconds": _milliseconds(loaded.milliseconds, candidate.engine, candidate.name),
+        }
+        for candidate in loaded.candidates
+    ]  # fmt: skip
+    rows.sort(key=lambda row: -(row["gflop"] or 0))
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+
+    from rich.table import Table
+
+    table = Table(title=f"catalog {loaded.name}: {loaded.metric}, mean over its profiled prompts")
+    numbers = ("steps", "guidance", "GFLOP", loaded.metric)
+    for heading in ("candidate", "unet", "sampler", "options", *numbers, "ms a picture"):
+        table.add_column(heading, justify="right" if heading in numbers else "left")
+    for row in rows:
+        table.add_row(
+            row["name"], row["unet"], row["sampler"],
+            " ".join(f"{key}={value}" for key, value in row["options"].items()),
+            str(row["steps"]), f"{row['guidance_scale']:g}",
+            "-" if row["gflop"] is None else f"{row['gflop']:.3g}",
+            "-" if row["quality"] is None else f"{row['quality']:.4f}",
+            "; ".join(
+                f"{device}: " + ", ".join(f"{value:.0f} at {batch}" for batch, value in times.items())
+                for device, times in row["milliseconds"].items()
+            ),
+        )  # fmt: skip
+    results().print(table)
+
+
+def _milliseconds(measured: Milliseconds, engine: str, name: str) -> dict[str, dict[str, float]]:
+    """Device -> batch size -> milliseconds an image, where measured."""
+    return {device: engines[engine][name] for device, engines in measured.items() if name in engines.get(engine, {})}

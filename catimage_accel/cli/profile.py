@@ -1,0 +1,85 @@
+"""``catimage profile``: measure a catalog."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from catimage_accel.catalog import COSTS_FILE, Catalog
+from catimage_accel.cli.console import progress_bar, say
+from catimage_accel.cli.files import read_prompts
+from catimage_accel.storage import CHECKSUMS_FILE, write_atomic
+
+
+def profile(
+    catalog: Annotated[Path, typer.Argument(metavar="CATALOG", help="A catalog's folder.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file, one prompt a line: draw and score each with every candidate.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Images of every prompt by every candidate.")] = 1,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes to time; 1, 4 and 16 if absent.")] = None,
+    timing: Annotated[bool, typer.Option(help="Measure milliseconds, too.")] = True,
+    chunk: Annotated[int, typer.Option(min=1, help="Prompts between two writes of quality.parquet.")] = 32,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images in flight.")] = 16,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a CUDA device where there is one.")] = None,
+) -> None:
+    """Measure a catalog: FLOPs and milliseconds an image into costs.json, scores into quality.parquet.
+
+    Run it again after an interruption and it goes on with the prompts that have no score yet.
+    """
+    loaded = Catalog.load(catalog, verify=False)
+    texts: list[str] = []
+    if prompts is not None:
+        texts, problems = read_prompts(prompts)
+        for problem in problems:
+            say(problem)
+        if not texts:
+            raise ValueError(f"prompts is {str(prompts)!r}, which has no prompts; accepted: text, one prompt a line")
+        judge = loaded.judge_folder
+
+    from catimage_accel.arguments import find_device
+    from catimage_accel.executor import Executor
+    from catimage_accel.profiling import BATCH_SIZES, count_flops, device_name, time_candidates
+
+    found = find_device(device)
+    executor = Executor(max_batch=max_batch, device=found, resolve_model=loaded.resolve_model)
+    with progress_bar() as progress:
+        bar = progress.add_task("counting FLOPs", total=len(loaded.candidates))
+        flops = count_flops(loaded, lambda number: progress.advance(bar, number))
+        milliseconds = json.loads(json.dumps(loaded.milliseconds))
+        _write_costs(loaded, flops, milliseconds)
+        if timing:
+            bar = progress.add_task("timing", total=len(loaded.candidates))
+            timed = time_candidates(
+                loaded, executor, batch or BATCH_SIZES, lambda number: progress.advance(bar, number)
+            )  # fmt: skip
+            for candidate in loaded.candidates:
+                engines = milliseconds.setdefault(device_name(found), {})
+                engines.setdefault(candidate.engine, {})[candidate.name] = timed[candidate.name]
+            _write_costs(loaded, flops, milliseconds)
+        if texts:
+            from catimage_accel.quality import CLIPScore
+            from catimage_accel.scoring import score_candidates
+
+            total = len(set(texts)) * len(loaded.candidates) * seeds
+            bar = progress.add_task("drawing and scoring", total=total)
+            added = score_candidates(
+                loaded, executor, CLIPScore(judge), texts, range(first_seed, first_seed + seeds), chunk=chunk,
+                advance=lambda number: progress.advance(bar, number),
+            )  # fmt: skip
+            say(f"{added} scores added")
+    _refresh_checksums(loaded)
+
+
+def _write_costs(catalog: Catalog, flops: dict[str, int], milliseconds: dict[str, dict]) -> None:
+    content = json.dumps({"flops": flops, "milliseconds": milliseconds}, indent=1) + "\n"
+    write_atomic(catalog.folder / COSTS_FILE, content.encode())
+
+
+def _refresh_checksums(catalog: Catalog) -> None:
+    if (catalog.folder / CHECKSUMS_FILE).exists():
+        catalog.write_checksums()

@@ -1,0 +1,94 @@
+"""A contact sheet: every picture with its prompt and its route beneath."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+MIN_SIDE = 256
+MARGIN = 16
+PROMPT_SIZE, ROUTE_SIZE = 17, 14
+LINE_GAP = 4
+MAX_PROMPT_LINES = 5
+PAPER, INK, FAINT = (252, 252, 250), (24, 24, 27), (82, 88, 99)
+
+
+def contact_sheet(
+    pictures: Sequence[Image.Image], prompts: Sequence[str], notes: Sequence[str], columns: int = 4
+) -> Image.Image:
+    """One RGB image of all ``pictures`` in rows of ``columns``, in order.
+
+    Pictures under 256 pixels a side are enlarged by a whole factor (Lanczos), so that 64-pixel ones can be judged at
+    normal zoom. ``prompts`` are wrapped, and cut with an ellipsis after five lines; ``notes`` (the routes) are one
+    paragraph each beneath. ValueError if the three differ in length or are empty.
+    """
+    if not pictures or not len(pictures) == len(prompts) == len(notes):
+        raise ValueError(
+            f"got {len(pictures)} pictures, {len(prompts)} prompts and {len(notes)} notes; "
+            "accepted: the same number of each, at least 1"
+        )
+    prompt_font, note_font = ImageFont.load_default(PROMPT_SIZE), ImageFont.load_default(ROUTE_SIZE)
+    enlarged = [_enlarged(picture) for picture in pictures]
+    width = max(picture.width for picture in enlarged)
+    height = max(picture.height for picture in enlarged)
+    wrapped = [
+        (_wrap(prompt, prompt_font, width)[:MAX_PROMPT_LINES], _wrap(note, note_font, width))
+        for prompt, note in zip(prompts, notes, strict=True)
+    ]
+    columns = min(columns, len(pictures))
+    rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
+    text_heights = [max(_text_height(*wrapped[index]) for index in row) for row in rows]
+    sheet = Image.new(
+        "RGB",
+        (MARGIN + columns * (width + MARGIN), MARGIN + sum(height + text + MARGIN for text in text_heights)),
+        PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    top = MARGIN
+    for row, text_height in zip(rows, text_heights, strict=True):
+        for column, index in enumerate(row):
+            left = MARGIN + column * (width + MARGIN)
+            sheet.paste(enlarged[index], (left, top))
+            y = top + height + LINE_GAP
+            for lines, font, size, colour in (
+                (wrapped[index][0], prompt_font, PROMPT_SIZE, INK),
+                (wrapped[index][1], note_font, ROUTE_SIZE, FAINT),
+            ):
+                for line in lines:
+                    draw.text((left, y), line, font=font, fill=colour)
+                    y += size + LINE_GAP
+        top += height + text_height + MARGIN
+    return sheet
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    factor = max(1, -(-MIN_SIDE // min(picture.size)))
+    size = (picture.width * factor, picture.height * factor)
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def _text_height(prompt: Sequence[str], note: Sequence[str]) -> int:
+    return 2 * LINE_GAP + len(prompt) * (PROMPT_SIZE + LINE_GAP) + len(note) * (ROUTE_SIZE + LINE_GAP)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """``text`` in lines of at most ``width`` pixels; a word that is longer by itself is broken."""
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        if line and font.getlength(f"{line} {word}") <= width:
+            line = f"{line} {word}"
+            continue
+        if line:
+            lines.append(line)
+        while font.getlength(word) > width:
+            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            lines.append(word[:fits])
+            word = word[fits:]
+        line = word
+    if line:
+        lines.append(line)
+    if len(lines) > MAX_PROMPT_LINES:
+        lines[MAX_PROMPT_LINES - 1] += " …"
+    return lines

@@ -1,0 +1,301 @@
+"""RoutedPipeline: a diffusers-style call in which every prompt gets the cheapest candidate that draws it well."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from catimage_accel.arguments import check_budget, check_prompts, check_tradeoff, find_device, generators_for, is_whole
+from catimage_accel.catalog import BUILT_IN, Candidate, Catalog
+from catimage_accel.executor import Executor, Finished, Job, Step
+
+if TYPE_CHECKING:
+    from catimage_accel.routing import Router
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+StepCallback = Callable[["RoutedPipeline", int, Any, dict[str, Any]], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who drew one image, and why.
+
+    ``predicted_quality`` maps every candidate to the catalog's metric as predicted from the prompt (empty if the
+    catalog has no router); ``cost`` is the candidate's GFLOP an image; ``milliseconds`` the time from the image's
+    first step to its decoded end, other images sharing the device meanwhile (0 before it is drawn).
+    """
+
+    prompt: str
+    seed: int
+    candidate: str
+    predicted_quality: dict[str, float]
+    cost: float
+    milliseconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One finished image: its position among the call's images, the image in the asked-for type, and its route.
+
+    A job that failed has its ``error``, and no image.
+    """
+
+    index: int
+    image: Any
+    route: Route
+    error: Exception | None = None
+
+
+@dataclass
+class RoutedPipelineOutput(BaseOutput):
+    """``images`` as diffusers gives them for the output type, and one ``Route`` an image, in the same order."""
+
+    images: list[Any] | np.ndarray | Tensor
+    routes: list[Route]
+
+
+class RoutedPipeline:
+    """Draws prompts with the candidates of a catalog. One thread at a time.
+
+    ``device`` is a torch device; None means the first CUDA device, or the CPU without one. At most ``max_batch``
+    images are in flight.
+    """
+
+    def __init__(self, catalog: Catalog, device: str | torch.device | None = None, *, max_batch: int = 16) -> None:
+        self.catalog = catalog
+        self.device = find_device(device)
+        self._executor = Executor(max_batch=max_batch, device=self.device, resolve_model=catalog.resolve_model)
+        self._router: Router | None = None
+        self._progress_bar: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str] = BUILT_IN, device: str | torch.device | None = None, *, max_batch: int = 16
+    ) -> Self:
+        """The pipeline of a catalog: a folder, a hub id, or the built-in "emoji". Errors as in ``Catalog.load``."""
+        return cls(Catalog.load(name), device, max_batch=max_batch)
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Options for the progress bar of a call (tqdm's, as in diffusers), e.g. ``disable=True``."""
+        self._progress_bar = kwargs
+
+    def route(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        tradeoff: float | None = None,
+        budget: float | None = None,
+        candidate: str | None = None,
+    ) -> list[Route]:
+        """The routes that a call with these arguments would take, seed 0 and no time spent; draws nothing."""
+        prompts = check_prompts(prompt)
+        return [
+            Route(text, 0, chosen.name, predicted, self.catalog.costs[chosen.name])
+            for text, (chosen, predicted) in zip(
+                prompts, self._choose(prompts, tradeoff, budget, candidate), strict=True
+            )
+        ]
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        tradeoff: float | None = None,
+        budget: float | None = None,
+        candidate: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> RoutedPipelineOutput | tuple[list[Any] | np.ndarray | Tensor, list[Route]]:
+        """Draws ``prompt``; what diffusers' pipelines have too means what it means there.
+
+        Args:
+            prompt: One prompt or a list. One that is too long for the tokenizer is cut off with a warning.
+            tradeoff: Quality, in the catalog's metric, given up to save the dearest candidate's cost: finite, >= 0.
+                None, without ``budget`` and ``candidate``, means the catalog's own.
+            budget: Mean cost an image, in GFLOP: at least the cheapest candidate's.
+            candidate: Draw everything with the candidate of this name, without routing.
+            height, width: Pixels; None means the size that the candidate's UNet was trained on. Costs in the routes
+                are those of that size.
+            num_images_per_prompt: Images a prompt, >= 1; all with the prompt's candidate.
+            generator: One for all images, drawn from in order, or a list with one an image. None draws a seed an image
+                from torch's global generator; the routes tell it.
+            output_type: "pil": a list of PIL images; "np": float32 (n, height, width, 3) and "pt": float32
+                (n, 3, height, width), in [0, 1] by steps of 1/255; "latent": (n, channels, h, w).
+            return_dict: False gives the tuple (images, routes).
+            callback_on_step_end: Called after each image's step as ``callback(pipeline, step, timestep, {"latents":
+                (1, channels, h, w), "index": position of the image})``; ``step`` counts that image's own steps.
+                "latents" in the mapping it returns replaces the image's latents.
+
+        Raises:
+            ValueError: A wrong argument, before any work; names it, its value and what is accepted.
+            Exception: What kept an image from being drawn, when all others are done; ``stream`` hands out those.
+        """
+        stream = self.stream(
+            prompt, tradeoff=tradeoff, budget=budget, candidate=candidate, height=height, width=width,
+            num_images_per_prompt=num_images_per_prompt, generator=generator, output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+        )  # fmt: skip
+        from tqdm.auto import tqdm
+
+        number = len([prompt] if isinstance(prompt, str) else prompt) * num_images_per_prompt
+        found = sorted(tqdm(stream, total=number, **self._progress_bar), key=lambda drawn: drawn.index)
+        for drawn in found:
+            if drawn.error is not None:
+                raise drawn.error
+        images: Any = [drawn.image for drawn in found]
+        if output_type == "np":
+            images = np.stack(images)
+        elif output_type in ("pt", "latent"):
+            images = torch.stack(images)
+        routes = [drawn.route for drawn in found]
+        return RoutedPipelineOutput(images, routes) if return_dict else (images, routes)
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        tradeoff: float | None = None,
+        budget: float | None = None,
+        candidate: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Iterator[Drawn]:
+        """As a call, but yields each image when it is finished. Arguments are validated before this returns."""
+        prompts = check_prompts(prompt)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; accepted: {', '.join(OUTPUT_TYPES)}")
+        if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; accepted: a whole number >= 1")
+        choices = self._choose(prompts, tradeoff, budget, candidate)
+        sizes = {}
+        for name in sorted({chosen.name for chosen, _ in choices}):
+            self._executor.check(self.catalog.candidate(name))
+            sizes[name] = self._latent_shape(self.catalog.candidate(name), height, width)
+        if output_type != "pil" and len(set(sizes.values())) > 1:
+            raise ValueError(
+                f"output_type is {output_type!r}, but the candidates {', '.join(sizes)} draw different sizes; "
+                "accepted here: pil, or a height and width for all"
+            )
+        plan = [
+            (text, chosen, predicted)
+            for text, (chosen, predicted) in zip(prompts, choices, strict=True)
+            for _ in range(num_images_per_prompt)
+        ]
+        generators = generators_for(generator, len(plan))
+        return self._draw(plan, generators, height, width, output_type, callback_on_step_end)
+
+    def _draw(
+        self,
+        plan: Sequence[tuple[str, Candidate, dict[str, float]]],
+        generators: Sequence[torch.Generator],
+        height: int | None,
+        width: int | None,
+        output_type: str,
+        callback: StepCallback | None,
+    ) -> Iterator[Drawn]:
+        def jobs() -> Iterator[Job]:
+            for index, (text, chosen, _) in enumerate(plan):
+                yield Job(text, chosen, generators[index], key=index, height=height, width=width)
+
+        on_step = None if callback is None else self._on_step(callback)
+        for finished in self._executor.run(jobs(), on_step=on_step):
+            text, chosen, predicted = plan[finished.key]
+            route = Route(
+                text, generators[finished.key].initial_seed(), chosen.name, predicted, self.catalog.costs[chosen.name],
+                finished.milliseconds,
+            )  # fmt: skip
+            yield Drawn(finished.key, _converted(finished, output_type), route, finished.error)
+
+    def _on_step(self, callback: StepCallback) -> Callable[[Step], Tensor | None]:
+        def on_step(step: Step) -> Tensor | None:
+            tensors = {"latents": step.latents[None], "index": step.job.key}
+            returned = callback(self, step.index, torch.tensor(step.timestep), tensors) or {}
+            latents = returned.get("latents")
+            return None if latents is None else latents.reshape(step.latents.shape)
+
+        return on_step
+
+    def _choose(
+        self, prompts: Sequence[str], tradeoff: float | None, budget: float | None, candidate: str | None
+    ) -> list[tuple[Candidate, dict[str, float]]]:
+        """Every prompt's candidate, and the quality predicted for each candidate."""
+        from catimage_accel.routing import choose, choose_within_budget
+
+        given = {"tradeoff": tradeoff, "budget": budget, "candidate": candidate}
+        set_ones = [name for name, value in given.items() if value is not None]
+        if len(set_ones) > 1:
+            raise ValueError(f"{' and '.join(set_ones)} are given; accepted: one of tradeoff, budget and candidate")
+        costs = self.catalog.costs
+        names = list(costs)
+        check_tradeoff(tradeoff)
+        check_budget(budget, costs)
+        if candidate is not None:
+            fixed = self.catalog.candidate(candidate)
+            if not (self.catalog.folder / "router").is_dir():
+                return [(fixed, {})] * len(prompts)
+        if self._router is None:
+            self._router = self.catalog.router()
+        quality = self._router.predict(prompts)
+        array = np.array([costs[name] for name in names])
+        if candidate is not None:
+            chosen = np.full(len(prompts), names.index(candidate))
+        elif budget is not None:
+            chosen = choose_within_budget(quality, array, budget)
+        else:
+            chosen = choose(quality, array, self.catalog.tradeoff if tradeoff is None else tradeoff)
+        return [
+            (self.catalog.candidates[index], dict(zip(names, row.tolist(), strict=True)))
+            for index, row in zip(chosen.tolist(), quality, strict=True)
+        ]
+
+    def _latent_shape(self, candidate: Candidate, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(channels, h, w) of a candidate's latents for an image size in pixels."""
+        model = self.catalog.resolve_model(candidate.model)
+        unet = json.loads((model / candidate.unet / "config.json").read_text(encoding="utf-8"))
+        vae = json.loads((model / "vae" / "config.json").read_text(encoding="utf-8"))
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        sample = unet["sample_size"]
+        sides = []
+        for name, pixels, own in zip(
+            ("height", "width"), (height, width), (sample, sample) if isinstance(sample, int) else sample, strict=True
+        ):
+            if pixels is not None and (not is_whole(pixels) or pixels < factor or pixels % factor):
+                raise ValueError(
+                    f"{name} is {pixels!r}; candidate {candidate.name!r} accepts positive multiples of {factor} pixels"
+                )
+            sides.append(own if pixels is None else pixels // factor)
+        return unet["in_channels"], sides[0], sides[1]
+
+
+def _converted(finished: Finished, output_type: str) -> Any:
+    """A finished image as ``output_type``; None if it failed."""
+    if output_type == "latent":
+        return finished.latents
+    if finished.image is None:
+        return None
+    if output_type == "pil":
+        return Image.fromarray(finished.image)
+    pixels = finished.image.astype(np.float32) / 255
+    return pixels if output_type == "np" else torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -1,0 +1,167 @@
+"""Measures what a catalog's candidates cost: FLOPs and milliseconds an image."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from catimage_accel.catalog import Candidate, Catalog
+from catimage_accel.executor import Executor, Job
+
+BATCH_SIZES = (1, 4, 16)
+Advance = Callable[[int], None]
+
+
+def count_flops(catalog: Catalog, advance: Advance = lambda _: None) -> dict[str, int]:
+    """Floating-point operations of one image, by candidate; a multiply-add counts as two.
+
+    Counted by torch.utils.flop_counter in matrix products, convolutions and attention, on shapes alone (no weights, no
+    work): the text encoder and the cross-attention's keys and values once for the prompt and, with guidance, once for
+    the empty prompt; the UNet once and multiplied by the steps, doubled with guidance; the decode.
+    """
+    parts: dict[Path, tuple[int, int]] = {}
+    unets: dict[Path, tuple[int, int, int]] = {}
+    flops = {}
+    for candidate in catalog.candidates:
+        model = catalog.resolve_model(candidate.model)
+        if model not in parts:
+            parts[model] = _text_flops(model), _decode_flops(model)
+        if model / candidate.unet not in unets:
+            unets[model / candidate.unet] = _unet_flops(model, candidate.unet)
+        text, decode = parts[model]
+        per_prompt, whole_step, outer_step = unets[model / candidate.unet]
+        interval = candidate.options.get("deepcache_interval", 1)
+        whole = -(-candidate.steps // interval)
+        denoise = whole * whole_step + (candidate.steps - whole) * outer_step
+        rows = 2 if candidate.guidance_scale > 1 else 1
+        flops[candidate.name] = rows * (text + per_prompt + denoise) + decode
+        advance(1)
+    return flops
+
+
+def device_name(device: torch.device) -> str:
+    """What costs.json calls a device: the GPU's name, or the processor's with the number of threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _count(module: Any, *inputs: Any, **named: Any) -> FlopCounterMode:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs, **named)
+    return counter
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _text_flops(model: Path) -> int:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig.from_pretrained(model / "text_encoder")
+    with torch.device("meta"):
+        encoder = CLIPTextModel(config).eval()
+        tokens = torch.zeros(1, config.max_position_embeddings, dtype=torch.long)
+        return _count(encoder, tokens).get_total_flops()
+
+
+def _decode_flops(model: Path) -> int:
+    from diffusers import AutoencoderKL
+
+    side = _config(model / "unet")["sample_size"]
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(model / "vae")).eval()
+        latents = torch.zeros(1, vae.config.latent_channels, *((side, side) if isinstance(side, int) else side))
+        return _count(vae.decode, latents).get_total_flops()
+
+
+def _unet_flops(model: Path, name: str) -> tuple[int, int, int]:
+    """(once a prompt, a step, a step between two refreshes of DeepCache's deep features) of one UNet row."""
+    from diffusers import UNet2DConditionModel
+
+    config = _config(model / name)
+    tokens = _config(model / "text_encoder")["max_position_embeddings"]
+    side = config["sample_size"]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model / name)).eval()
+        sample = torch.zeros(1, unet.config.in_channels, *((side, side) if isinstance(side, int) else side))
+        width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+        counter = _count(unet, sample, torch.zeros(1), torch.zeros(1, tokens, width))
+    by_module = {module: sum(counts.values()) for module, counts in counter.get_flop_counts().items()}
+    root = type(unet).__name__
+    last = len(unet.up_blocks) - 1
+    text_projections = {
+        module: count
+        for module, count in by_module.items()
+        if module.startswith(f"{root}.") and module.endswith((".attn2.to_k", ".attn2.to_v"))
+    }
+
+    def is_outer(module: str) -> bool:
+        return module.startswith((f"{root}.down_blocks.0.", f"{root}.up_blocks.{last}."))
+
+    inner_blocks = [f"{root}.mid_block", *(f"{root}.down_blocks.{i}" for i in range(1, len(unet.down_blocks)))]
+    inner_blocks += [f"{root}.up_blocks.{i}" for i in range(last)]
+    once = sum(text_projections.values())
+    once_inner = sum(count for module, count in text_projections.items() if not is_outer(module))
+    step = counter.get_total_flops() - once
+    inner = sum(by_module.get(block, 0) for block in inner_blocks) - once_inner
+    return once, step, step - inner
+
+
+def time_candidates(
+    catalog: Catalog, executor: Executor, batch_sizes: Sequence[int] = BATCH_SIZES, advance: Advance = lambda _: None
+) -> dict[str, dict[str, float]]:
+    """Milliseconds an image, [candidate][batch size], text encoding and decode included.
+
+    Each set of weights is timed at two small numbers of steps, the better of two runs, and the time of a candidate's
+    own steps is read off the line through both.
+    """
+    measured: dict[tuple[Any, ...], dict[int, tuple[float, float, int, int]]] = {}
+    found: dict[str, dict[str, float]] = {}
+    for candidate in catalog.candidates:
+        alike = (
+            candidate.model, candidate.unet, candidate.engine, candidate.precision, candidate.guidance_scale > 1,
+            tuple(sorted(candidate.options.items())),
+        )  # fmt: skip
+        if alike not in measured:
+            interval = candidate.options.get("deepcache_interval", 1)
+            few, many = 2 * interval, 5 * interval
+            _seconds(executor, replace(candidate, steps=few), 1)
+            measured[alike] = {
+                batch: (
+                    min(_seconds(executor, replace(candidate, steps=few), batch) for _ in range(2)),
+                    min(_seconds(executor, replace(candidate, steps=many), batch) for _ in range(2)),
+                    few, many,
+                )
+                for batch in batch_sizes
+            }  # fmt: skip
+        found[candidate.name] = {}
+        for batch, (first, second, few, many) in measured[alike].items():
+            seconds = first + (candidate.steps - few) * max(0.0, second - first) / (many - few)
+            found[candidate.name][str(batch)] = round(max(seconds, 1e-6) * 1000 / batch, 3)
+        advance(1)
+    return found
+
+
+def _seconds(executor: Executor, candidate: Candidate, batch: int) -> float:
+    prompts = (f"a picture of {index} apples" for index in range(batch))
+    jobs = [Job(prompt, candidate, torch.Generator().manual_seed(0)) for prompt in prompts]
+    start = time.perf_counter()
+    for finished in executor.run(jobs):
+        if finished.error is not None:
+            raise finished.error
+    return time.perf_counter() - start
