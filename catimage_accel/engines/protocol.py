@@ -47,7 +47,9 @@ class TextBatch:
         """The batch of these rows only; computed once an index."""
         if index not in self._subsets:
             rows = torch.tensor(index, device=self.hidden.device)
-            self._subsets[index] = TextBatch(self.hidden[rows], [(key[rows], value[rows]) for key, value in self.layers])
+            self._subsets[index] = TextBatch(
+                self.hidden[rows], [(key[rows], value[rows]) for key, value in self.layers]
+            )
         return self._subsets[index]
 
 

@@ -49,7 +49,11 @@ class SamplerTable:
 
 
 def read_scheduler_config(model: Path) -> dict[str, Any]:
-    """The scheduler config of a diffusers folder; FileNotFoundError or ValueError naming the file."""
+    """The scheduler config of a diffusers folder, as it is inside a ``StableDiffusionPipeline`` of that folder.
+
+    That pipeline corrects configs of its early days when it is made: ``steps_offset`` becomes 1 and ``clip_sample``
+    False. Raises FileNotFoundError or ValueError naming the file.
+    """
     path = model / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a diffusers model folder has one")
@@ -59,6 +63,9 @@ def read_scheduler_config(model: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; accepted: an object")
+    config["steps_offset"] = 1
+    if config.get("clip_sample", config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")):
+        config["clip_sample"] = False
     return config
 
 

@@ -86,18 +86,7 @@ def test_zoo_schedule(sampler: str, steps: int) -> None:
     use_karras_sigmas=st.booleans(),
 )
 def test_any_schedule(sampler: str, steps: int, **config: Any) -> None:
-    schedule = {**ZOO, **config}
-    try:
-        sampler_table(sampler, steps, schedule)
-    except ValueError as error:
-        # diffusers itself gives NaN or starts in the middle there.
-        assert "divides by zero" in str(error)
-        scheduler = CLASSES[sampler].from_config(schedule)
-        scheduler.set_timesteps(steps)
-        repeats = len(scheduler.timesteps.unique()) < len(scheduler.timesteps)
-        assert repeats or not torch.isfinite(with_diffusers(sampler, steps, schedule, torch.ones(4))).all()
-        return
-    assert_same(sampler, steps, schedule)
+    assert_same(sampler, steps, {**ZOO, **config})
 
 
 def test_denoised_is_diffusers_prediction_of_the_clean_latents() -> None:
