@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from catimage_accel.arguments import check_budget, check_prompts, check_tradeoff, find_device, generators_for, is_whole
@@ -182,7 +183,7 @@ class RoutedPipeline:
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
     ) -> Iterator[Drawn]:
-        """As a call, but yields each image when it is finished. Arguments are validated before this returns."""
+        """As a call, but yields each image when it is finished. Arguments are checked and weights read before."""
         prompts = check_prompts(prompt)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; accepted: {', '.join(OUTPUT_TYPES)}")
@@ -204,7 +205,18 @@ class RoutedPipeline:
             for _ in range(num_images_per_prompt)
         ]
         generators = generators_for(generator, len(plan))
+        for name in sizes:
+            self._load(self.catalog.candidate(name))
         return self._draw(plan, generators, height, width, output_type, callback_on_step_end)
+
+    def _load(self, candidate: Candidate) -> None:
+        """Reads the candidate's weights, so that unreadable ones are known before any drawing."""
+        try:
+            self._executor.prepare(candidate)
+        except (SafetensorError, RuntimeError, OSError) as error:
+            folder = self.catalog.resolve_model(candidate.model)
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{folder}: weights of candidate {candidate.name!r} can't be read: {reason}") from error
 
     def _draw(
         self,

@@ -69,7 +69,7 @@ TINY_GFLOP = {"cheap-2": 1, "middle-3": 3, "dear-4": 8}
 def tiny_catalog(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole catalog: three candidates of ``tiny_sd_folder``, a random judge, scores, a fitted router, checksums.
 
-    The scores say that "cheap-2" draws single objects as well as any, and that crowds need "dear-4". Copy it to change it.
+    The scores say that "cheap-2" draws single objects as well as any, and crowds need "dear-4". Copy it to change it.
     """
     folder = tmp_path_factory.mktemp("tiny-catalog")
     shutil.copytree(tiny_sd_folder, folder / "model")

@@ -24,7 +24,7 @@ class _Root(TyperGroup):
         if cmd_name == "zoo":
             from catimage_accel.zoo.cli import app as zoo
 
-            return typer.main.get_command(zoo)
+            return typer.main.get_group(zoo)
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,7 +16,20 @@ def say(line: str) -> None:
 
 
 def results() -> Console:
-    return Console(file=sys.stdout)
+    """Standard output; in a pipe or a file wide enough for whole tables."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """A spinner on standard error, and none of the libraries' own bars, while ``what`` loads."""
+    with Console(file=sys.stderr).status(f"loading {what}"):
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        yield
 
 
 def progress_bar() -> Progress:

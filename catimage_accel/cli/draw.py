@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from catimage_accel.catalog import BUILT_IN, Catalog
-from catimage_accel.cli.console import progress_bar, results, say
+from catimage_accel.cli.console import loading, progress_bar, results, say
 from catimage_accel.cli.files import OutFolder, read_prompts
 
 if TYPE_CHECKING:
@@ -98,21 +98,24 @@ class _Run:
         loaded = Catalog.load(catalog)
         if options.get("candidate") is not None:
             loaded.candidate(options["candidate"])
-        import torch
-
-        from catimage_accel.pipeline import RoutedPipeline
-
         self.texts = texts
         self.drawn: dict[int, tuple[Image.Image, Route]] = {}
-        first = random.SystemRandom().randrange(2**32) if seed is None else seed
-        generators = [torch.Generator().manual_seed((first + index) % (MAX_SEED + 1)) for index in range(len(texts))]
-        self.pipeline = RoutedPipeline(loaded, device)
-        routes = self.pipeline.route(texts, **{key: options.get(key) for key in ("tradeoff", "budget", "candidate")})
-        self._total_steps = sum(loaded.candidate(route.candidate).steps for route in routes)
-        self._stream = self.pipeline.stream(
-            texts, generator=generators, callback_on_step_end=self._on_step, **options
-        )  # fmt: skip
         self.out = OutFolder(out, fresh=fresh)
+        with loading(f"catalog {loaded.name}"):
+            import torch
+
+            from catimage_accel.pipeline import RoutedPipeline
+
+            first = random.SystemRandom().randrange(2**32) if seed is None else seed
+            seeds = [(first + index) % (MAX_SEED + 1) for index in range(len(texts))]
+            self.pipeline = RoutedPipeline(loaded, device)
+            choice = {key: options.get(key) for key in ("tradeoff", "budget", "candidate")}
+            routes = self.pipeline.route(texts, **choice)
+            self._total_steps = sum(loaded.candidate(route.candidate).steps for route in routes)
+            self._stream = self.pipeline.stream(
+                texts, generator=[torch.Generator().manual_seed(each) for each in seeds],
+                callback_on_step_end=self._on_step, **options,
+            )  # fmt: skip
         self._advance: Callable[[], None] = lambda: None
 
     def _on_step(self, _: Any, __: int, ___: Any, ____: dict[str, Any]) -> dict[str, Any]:
