@@ -65,9 +65,7 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def register_triton_op(
-    name: str, fn: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def register_triton_op(name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Registers ``fn``, which launches wrapped Triton kernels, as ``torch.ops.catimage_accel.<name>``.
 
     A ``triton_op``, so that ``torch.compile`` sees the kernels; an opaque custom op under Triton's interpreter, whose

@@ -51,7 +51,7 @@ def moments_nchw_kernel(
     count = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
-    for step in range(0, CHUNK, BLOCK):
+    for step in range(0, tl.minimum(size - first, CHUNK), BLOCK):
         offset = first + step + tl.arange(0, BLOCK)
         mask = offset < size
         x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
@@ -90,7 +90,7 @@ def moments_nhwc_kernel(
     count = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
     mean = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
     squares = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
-    for step in range(0, CHUNK, BLOCK_PIXELS):
+    for step in range(0, tl.minimum(left, CHUNK), BLOCK_PIXELS):
         in_pixels = (lane < left - step)[:, None]
         x = tl.load(pointers, in_pixels & in_channels[None, :], 0.0).to(tl.float32)
         count += in_pixels.to(tl.float32)

@@ -24,7 +24,9 @@ def validate(
         if tensor is None:
             continue
         if tensor.shape != (channels,):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: ({channels},), one per channel, or None")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; accepted: ({channels},), one per channel, or None"
+            )
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: x's, {x.dtype}")
         if tensor.device != x.device:

@@ -1,0 +1,118 @@
+"""Compiles the Triton kernels for real chips and prints, one JSON line each, what they use of a chip.
+
+Runs in a process without TRITON_INTERPRET and needs no GPU: ``python compile_ahead.py {common|rest}``
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from catimage_accel.kernels.tuning import launch_config
+
+DEVICE = torch.device("meta")
+CAPABILITIES = (80, 90, 120)
+HEAD_DIMS = {
+    "common": [("fp16", 40), ("fp16", 64), ("fp16", 80), ("fp16", 160), ("fp32", 64)],
+    "rest": [
+        *(("fp16", head_dim) for head_dim in (8, 72, 96, 112, 128, 192, 224, 256)),
+        *(("bf16", head_dim) for head_dim in (40, 64, 128)),
+        *(("fp32", head_dim) for head_dim in (8, 40, 80, 96, 128, 160, 192, 256)),
+    ],
+}  # "common" is what SD1.x, SD2.x and SDXL have
+# A kernel, its launch: a pointer's type for every name that ends in _ptr, "fp32" for floats; other names are int32.
+Case = tuple[str, Any, dict[str, str], dict[str, Any]]
+
+
+def attention_cases(part: str) -> Iterator[Case]:
+    module = import_module("catimage_accel.kernels.attention.triton")
+    pointers = ("q_ptr", "k_ptr", "v_ptr", "out_ptr")
+    for dtype, head_dim in HEAD_DIMS[part]:
+        for even_keys in (False,) if part == "common" else (False, True):
+            width, rest = module.column_blocks(head_dim)
+            config = launch_config("attention", DEVICE, head_dim=head_dim, itemsize=4 if dtype == "fp32" else 2)
+            yield (
+                f"attention {dtype} head_dim {head_dim}" + " even" * even_keys,
+                module.attention_kernel,
+                {name: f"*{dtype}" for name in pointers} | {"scale_log2": "fp32"},
+                {"HEAD_DIM": head_dim, "WIDTH": width, "REST": rest, "EVEN_KEYS": even_keys, **config},
+            )
+
+
+def group_norm_cases() -> Iterator[Case]:
+    module = import_module("catimage_accel.kernels.group_norm.triton")
+    affine = {"HAS_WEIGHT": True, "HAS_BIAS": True, "SILU": True}
+    io = {"x_ptr": "*bf16", "y_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16"}
+    types = io | {"partials_ptr": "*fp32", "moments_ptr": "*fp32", "eps": "fp32"}
+    nchw = launch_config("group_norm", DEVICE, channels_last=1, pixels=4096)
+    nhwc = launch_config("group_norm", DEVICE, channels_last=2, pixels=4096)
+    yield "group_norm moments nchw", module.moments_nchw_kernel, types, nchw
+    yield "group_norm moments nhwc", module.moments_nhwc_kernel, types, nhwc
+    combine = {"CHUNK": nchw["CHUNK"], "BLOCK": nchw["COMBINE"], "num_warps": 4}
+    yield "group_norm combine", module.combine_kernel, types, combine
+    yield "group_norm apply nchw", module.apply_nchw_kernel, types, nchw | affine
+    yield "group_norm apply nhwc", module.apply_nhwc_kernel, types, nhwc | affine
+
+
+def guided_step_cases() -> Iterator[Case]:
+    module = import_module("catimage_accel.kernels.guided_step.triton")
+    noise = {"cond_ptr": "*fp16", "uncond_ptr": "*fp16", "guidance_ptr": "*fp32", "partials_ptr": "*fp32"}
+    latents = dict.fromkeys(("sample_ptr", "history_ptr", "next_ptr", "denoised_ptr", "coefficients_ptr"), "*fp32")
+    types = noise | latents | {"rescale": "fp32"}
+    flags = {"GUIDED": True, "RESCALED": True, "HAS_HISTORY": True}
+    yield "guided_step moments", module.moments_kernel, types, {"BLOCK": module.BLOCK, "num_warps": 4}
+    yield "guided_step step", module.step_kernel, types, {"BLOCK": module.BLOCK, "LANES": 64, "num_warps": 4, **flags}
+
+
+def cases(part: str) -> Iterator[Case]:
+    yield from attention_cases(part)
+    if part == "common":
+        yield from group_norm_cases()
+        yield from guided_step_cases()
+
+
+def compile_case(case: Case, capability: int) -> dict[str, Any]:
+    name, kernel, types, launch = case
+    constexprs = {key: value for key, value in launch.items() if key in kernel.arg_names}
+    signature = {key: "constexpr" if key in constexprs else types.get(key, "i32") for key in kernel.arg_names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (key, kind) in enumerate(signature.items())
+        if kind[0] == "*" or key.endswith("stride")
+    }
+    options = {key: launch[key] for key in ("num_warps", "num_stages") if key in launch}
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    return {
+        "case": name, "capability": capability, **found,
+        "shared": compiled.metadata.shared, "wgmma": "wgmma" in compiled.asm["ptx"],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    for case in cases(sys.argv[1]):
+        for capability in CAPABILITIES:
+            print(json.dumps(compile_case(case, capability)), flush=True)

@@ -1,0 +1,204 @@
+"""``accelerate`` and ``restore`` on small random pipelines shaped like SD1.5, SD2.1 and SDXL."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from catimage_accel.accelerate import AccelerationReport, accelerate, acceleration_report, restore
+from catimage_accel.kernels.dispatch import choose_impl
+
+
+@pytest.fixture
+def sd(tiny_sd_folder: Path) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def sdxl(sd: StableDiffusionPipeline) -> StableDiffusionXLPipeline:
+    """SDXL's shape: two text encoders, added conditions, linear projections, heads of one size, attention in the VAE."""
+    torch.manual_seed(1)
+    text_config = CLIPTextConfig.from_dict(sd.text_encoder.config.to_dict() | {"projection_dim": 32})
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16), latent_channels=4, norm_num_groups=4, sample_size=64,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=vae, unet=unet, scheduler=sd.scheduler, tokenizer=sd.tokenizer, tokenizer_2=sd.tokenizer,
+        text_encoder=CLIPTextModel(text_config), text_encoder_2=CLIPTextModelWithProjection(text_config),
+        add_watermarker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    images = pipe("a red cat", num_inference_steps=3, generator=generator, output_type="pt").images
+    return images
+
+
+def state(pipe: Any) -> dict[str, Any]:
+    """Every object that ``accelerate`` may touch, by identity, with its class and its attributes."""
+    found: dict[str, Any] = {}
+    for root in ("unet", "vae"):
+        component = getattr(pipe, root)
+        found |= {f"{root}.{name}": id(processor) for name, processor in component.attn_processors.items()}
+        for name, module in component.named_modules():
+            found[f"{root}.{name}"] = (id(module), type(module), sorted(vars(module)))
+        for name, tensor in component.state_dict(keep_vars=True).items():
+            found[f"{root}.{name} tensor"] = id(tensor)
+    return found
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_same_image_and_exact_restore(family: str, request: pytest.FixtureRequest) -> None:
+    pipe = request.getfixturevalue(family)
+    before = state(pipe)
+    expected = draw(pipe)
+
+    assert accelerate(pipe) is pipe
+    torch.testing.assert_close(draw(pipe), expected, atol=1e-4, rtol=0)
+    report = acceleration_report(pipe)
+    assert len(report.attention) == len(pipe.unet.attn_processors) + len(pipe.vae.attn_processors)
+    resnets = [m for part in (pipe.unet, pipe.vae) for m in part.modules() if isinstance(m, ResnetBlock2D)]
+    assert len(report.group_norm_silu) == 2 * len(resnets) + 3  # and the last norms of UNet, encoder and decoder
+    assert len(report.group_norm) == sum("attentions" in name for name in report.group_norm) > 0
+    assert report.left_alone == {}
+
+    assert restore(pipe) is pipe
+    assert state(pipe) == before
+    torch.testing.assert_close(draw(pipe), expected, atol=0, rtol=0)
+
+
+def test_the_kernels_run(sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Triton, in the interpreter: the swapped modules send the right arguments to the real kernels."""
+    sample, text = torch.randn(1, 4, 4, 4), torch.randn(1, 5, 32)
+    with torch.no_grad():
+        expected = sd.unet(sample, 500, text).sample
+        accelerate(sd)
+        launched: list[str] = []
+        for op in ("attention", "group_norm"):
+
+            def on_triton(impl: str | None, name: str, *tensors: Any, op: str = op) -> str:
+                launched.append(op)
+                return choose_impl("triton", name, *tensors)
+
+            monkeypatch.setattr(sys.modules[f"catimage_accel.kernels.{op}"], "choose_impl", on_triton)
+        torch.testing.assert_close(sd.unet(sample, 500, text).sample, expected, atol=1e-4, rtol=0)
+    assert set(launched) == {"attention", "group_norm"}
+
+
+def test_saves_what_it_would_have_saved(sd: StableDiffusionPipeline, tmp_path: Path) -> None:
+    sd.save_pretrained(tmp_path / "plain")
+    accelerate(sd).save_pretrained(tmp_path / "accelerated")
+    plain, accelerated = (
+        {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "plain", tmp_path / "accelerated")
+    )
+    assert accelerated == plain
+
+
+def test_weights_changed_meanwhile_stay(sd: StableDiffusionPipeline) -> None:
+    """New parameter objects (``assign=True``), as loaders make them, are used at once and survive ``restore``."""
+    accelerate(sd)
+    doubled = {name: 2 * tensor for name, tensor in sd.unet.state_dict().items()}
+    sd.unet.load_state_dict(doubled, assign=True)
+    accelerated = draw(sd)
+    torch.testing.assert_close(draw(restore(sd)), accelerated, atol=1e-4, rtol=0)
+
+
+class Custom(AttnProcessor2_0):
+    """Someone's own processor."""
+
+
+def test_foreign_processors_are_left_alone_and_named(sd: StableDiffusionPipeline) -> None:
+    processors = sd.unet.attn_processors
+    first, second = list(processors)[:2]
+    processors |= {first: Custom(), second: AttnProcessor()}
+    sd.unet.set_attn_processor(dict(processors))
+    with pytest.warns(UserWarning, match="left 2 attention layers .*AttnProcessor, Custom.*attn1.*attn2"):
+        accelerate(sd)
+    assert sd.unet.attn_processors[first] is processors[first]
+    assert "Custom" in acceleration_report(sd).left_alone[f"unet.{first.removesuffix('.processor')}"]
+    draw(sd)
+    restore(sd)
+    assert sd.unet.attn_processors == processors
+
+
+def test_hooked_norms_keep_their_output(sd: StableDiffusionPipeline) -> None:
+    """A hook on a norm must see the norm's output, not the SiLU's."""
+    block = sd.unet.mid_block.resnets[0]
+    seen: list[torch.Tensor] = []
+    block.norm1.register_forward_hook(lambda module, args, output: seen.append(output))
+    draw(sd)
+    draw(accelerate(sd))
+    torch.testing.assert_close(seen[len(seen) // 2 :], seen[: len(seen) // 2], atol=1e-4, rtol=0)
+
+
+def test_repeating_and_sharing(sd: StableDiffusionPipeline) -> None:
+    """A second pipeline over the same UNet sees it accelerated, and one ``restore`` restores it for both."""
+    before = state(sd)
+    other = StableDiffusionPipeline(**sd.components, requires_safety_checker=False)
+    accelerate(accelerate(sd))
+    assert acceleration_report(other) == acceleration_report(sd)
+    restore(other)
+    assert state(sd) == before
+    report = acceleration_report(sd)
+    assert isinstance(report, AccelerationReport)
+    assert report.attention == report.group_norm == report.group_norm_silu == ()
+    assert set(report.left_alone.values()) == {"not accelerated"}
+
+
+def test_gradients_are_those_of_the_plain_unet(sd: StableDiffusionPipeline) -> None:
+    sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, 24, 32)
+    gradients = []
+    for pipe in (sd, accelerate(sd)):
+        pipe.unet.zero_grad()
+        pipe.unet(sample, 500, text).sample.square().mean().backward()
+        gradients.append([parameter.grad for parameter in pipe.unet.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
+
+
+def test_autocast_and_masks_go_torchs_way(sd: StableDiffusionPipeline) -> None:
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 32)
+    mask = torch.arange(24).expand(2, 24) < 7
+
+    def call() -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return sd.unet(sample, 500, text, encoder_attention_mask=mask).sample
+
+    expected = call()
+    accelerate(sd)
+    torch.testing.assert_close(call(), expected, atol=2e-2, rtol=0)
+
+
+def test_channels_last_survives(sd: StableDiffusionPipeline) -> None:
+    sd.unet.to(memory_format=torch.channels_last)
+    expected = draw(sd)
+    torch.testing.assert_close(draw(accelerate(sd)), expected, atol=1e-4, rtol=0)
+
+
+def test_bad_arguments(sd: StableDiffusionPipeline) -> None:
+    with pytest.raises(ValueError, match="tier is 'fastest'; accepted: 'lossless'"):
+        accelerate(sd, tier="fastest")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="pipe is a Linear with unet NoneType; accepted"):
+        accelerate(nn.Linear(1, 1))
