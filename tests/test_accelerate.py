@@ -27,7 +27,7 @@ def sd(tiny_sd_folder: Path) -> StableDiffusionPipeline:
 
 @pytest.fixture
 def sdxl(sd: StableDiffusionPipeline) -> StableDiffusionXLPipeline:
-    """SDXL's shape: two text encoders, added conditions, linear projections, heads of one size, attention in the VAE."""
+    """SDXL's shape: two text encoders, added conditions, linear projections, attention in the decoder."""
     torch.manual_seed(1)
     text_config = CLIPTextConfig.from_dict(sd.text_encoder.config.to_dict() | {"projection_dim": 32})
     unet = UNet2DConditionModel(
@@ -52,8 +52,7 @@ def sdxl(sd: StableDiffusionPipeline) -> StableDiffusionXLPipeline:
 
 def draw(pipe: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    images = pipe("a red cat", num_inference_steps=3, generator=generator, output_type="pt").images
-    return images
+    return pipe("a red cat", num_inference_steps=3, generator=generator, output_type="pt").images
 
 
 def state(pipe: Any) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The Triton kernels of ``group_norm``.
 
-A group is cut into chunks, so that a few groups still fill the device: (1) ``moments`` writes each chunk's mean and
-centred sum of squares, (2) ``combine_kernel`` merges them in a fixed order (Chan et al. 1983), (3) ``apply`` normalises.
-The cuts depend on the shape of one image only. Inside a chunk every lane runs Welford's update, so nothing is ever the
-difference of two large sums.
+A group is cut into chunks, so that a few groups still fill the device: (1) the moments kernels write each chunk's mean
+and centred sum of squares, (2) ``combine_kernel`` merges them in a fixed order (Chan et al. 1983), (3) the apply kernels
+normalise. The cuts depend on the shape of one image only. Inside a chunk every lane runs Welford's update, so nothing is
+ever the difference of two large sums.
 """
 
 from __future__ import annotations

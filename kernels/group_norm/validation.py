@@ -15,7 +15,8 @@ def validate(
     """Raises ValueError naming the first argument that is off, its value and what is accepted."""
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; accepted: a floating-point (batch, channels, ...) tensor"
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; "
+            "accepted: a floating-point (batch, channels, ...) tensor"
         )
     channels = x.shape[1]
     if num_groups < 1 or channels == 0 or channels % num_groups:

@@ -46,7 +46,7 @@ def attention_cases(part: str) -> Iterator[Case]:
             yield (
                 f"attention {dtype} head_dim {head_dim}" + " even" * even_keys,
                 module.attention_kernel,
-                {name: f"*{dtype}" for name in pointers} | {"scale_log2": "fp32"},
+                dict.fromkeys(pointers, f"*{dtype}") | {"scale_log2": "fp32"},
                 {"HEAD_DIM": head_dim, "WIDTH": width, "REST": rest, "EVEN_KEYS": even_keys, **config},
             )
 
