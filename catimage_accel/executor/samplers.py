@@ -63,9 +63,9 @@ def read_scheduler_config(model: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; accepted: an object")
-    config["steps_offset"] = 1
-    if config.get("clip_sample", config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")):
-        config["clip_sample"] = False
+    if "steps_offset" in config:
+        config["steps_offset"] = 1
+    config["clip_sample"] = False
     return config
 
 

@@ -143,8 +143,7 @@ def test_old_scheduler_configs_are_read_as_the_pipeline_reads_them(
     folder = shutil.copytree(tiny_sd_folder, tmp_path / "old")
     path = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text())
-    config |= {"steps_offset": 0, "timestep_spacing": "leading", "prediction_type": "epsilon"}
-    del config["clip_sample"]
+    config |= {"steps_offset": 0, "timestep_spacing": "leading", "prediction_type": "epsilon", "clip_sample": True}
     path.write_text(json.dumps(config))
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)

@@ -70,7 +70,7 @@ def test_zoo_schedule(sampler: str, steps: int) -> None:
     assert_same(sampler, steps, ZOO)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     sampler=st.sampled_from(SAMPLERS),
     steps=st.integers(1, 60),
@@ -86,7 +86,12 @@ def test_zoo_schedule(sampler: str, steps: int) -> None:
     use_karras_sigmas=st.booleans(),
 )
 def test_any_schedule(sampler: str, steps: int, **config: Any) -> None:
-    assert_same(sampler, steps, {**ZOO, **config})
+    schedule = {**ZOO, **config}
+    if not torch.isfinite(with_diffusers(sampler, steps, schedule, torch.ones(4))).all():
+        with pytest.raises(ValueError, match="divides by zero"):  # where diffusers gives NaN
+            sampler_table(sampler, steps, schedule)
+    else:
+        assert_same(sampler, steps, schedule)
 
 
 def test_denoised_is_diffusers_prediction_of_the_clean_latents() -> None:
