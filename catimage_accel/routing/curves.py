@@ -7,6 +7,7 @@ their area and the quality-neutral cost follow UniRoute (arXiv 2502.08773).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +33,7 @@ class Curve:
             raise ValueError(f"an area from cost {cheapest} to {dearest}, expected candidates of different cost")
         inside = self.costs[(self.costs > cheapest) & (self.costs < dearest)]
         grid = np.concatenate([[cheapest], inside, [dearest]])
-        # At a cost with several points (a rise at no cost) the segments on both sides need their own value.
-        left = np.interp(grid[:-1], self.costs, self.qualities)
-        right = np.interp(grid[1:], self.costs, self.qualities)
-        return float(((left + right) / 2 * np.diff(grid)).sum() / (dearest - cheapest))
+        return float(np.trapezoid(self.quality_at(grid), grid) / (dearest - cheapest))
 
     def cost_of(self, quality: float) -> float:
         """The lowest mean cost at which ``quality`` is reached (to rounding); infinity when it never is."""
@@ -103,6 +101,12 @@ class Sweep:
         costs = np.concatenate([[share @ first_cost], share @ first_cost + np.cumsum(moved * self._cost)[self._ends]])
         qualities = share @ first_quality + np.cumsum(moved * self._quality)[self._ends]
         return Curve(costs, np.concatenate([[share @ first_quality], qualities]))
+
+
+def mean_curve(curves: Sequence[Curve], shares: Sequence[float]) -> Curve:
+    """The mean of several curves at equal cost, each counted with its share (they sum to 1)."""
+    costs = np.unique(np.concatenate([curve.costs for curve in curves]))
+    return Curve(costs, sum((share * c.quality_at(costs) for c, share in zip(curves, shares, strict=True)), 0 * costs))
 
 
 def deferral_curve(predicted: np.ndarray, scores: np.ndarray, costs: np.ndarray) -> Curve:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from catimage_accel.routing.curves import Curve, Sweep, best_single, hull_curve, quality_neutral_cost
+from catimage_accel.routing.curves import Curve, Sweep, best_single, hull_curve, mean_curve, quality_neutral_cost
 from catimage_accel.routing.routers import Router, check_candidates
 from catimage_accel.routing.table import ScoreTable
 
@@ -77,11 +77,12 @@ def evaluate(
     ``ScoreTable.folds`` and ``judge``.
     """
     if test is None:
-        predicted = np.empty_like(table.scores)
-        for training, held_out in table.fold_rows(folds, seed):
+        predicted, fold = np.empty_like(table.scores), np.empty(len(table), dtype=np.intp)
+        for number, (training, held_out) in enumerate(table.fold_rows(folds, seed)):
             router = router_factory().fit(table.select(training))
             predicted[held_out] = router.predict([table.prompts[row] for row in held_out])
-        return judge(predicted, table, seed=seed, resamples=resamples, confidence=confidence)
+            fold[held_out] = number
+        return judge(predicted, table, fold=fold, seed=seed, resamples=resamples, confidence=confidence)
     check_candidates(table.candidates, test.candidates)
     judged = set(test.prompts)
     training = np.array([row for row, prompt in enumerate(table.prompts) if prompt not in judged], dtype=np.intp)
@@ -92,9 +93,20 @@ def evaluate(
 
 
 def judge(
-    predicted: np.ndarray, table: ScoreTable, *, seed: int = 0, resamples: int = 1000, confidence: float = 0.95
+    predicted: np.ndarray,
+    table: ScoreTable,
+    *,
+    fold: np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    confidence: float = 0.95,
 ) -> Evaluation:
     """Judge predictions (prompts, candidates) for the table's prompts, however they were made.
+
+    ``fold`` (prompts,) says which router made each row, if there were several. Each one's curve is then drawn on its
+    own prompts, and the curves are averaged at equal cost. One tradeoff for all would rank the routers against each
+    other: a fold of easy prompts leaves harder ones to learn from, so predictions err against their own fold, and
+    even constant ones come out far below the random mix.
 
     Intervals are percentiles over ``resamples`` draws of the prompts with replacement (the predictions stay as they
     are, the best mix and the best candidate are found anew). ValueError for fewer than two different costs,
@@ -110,7 +122,7 @@ def judge(
     # By text, so that the resamples do not depend on the order of the rows.
     order = np.array(sorted(range(len(table)), key=lambda row: table.prompts[row]), dtype=np.intp)
     judged, predicted = table.select(order), np.asarray(predicted, dtype=np.float64)[order]
-    judging = _Judging(predicted, judged)
+    judging = _Judging(predicted, judged, np.zeros(len(judged)) if fold is None else np.asarray(fold)[order])
     figures = judging.figures(np.ones(len(judged)))
     rng = np.random.default_rng(seed)
     number = len(judged)
@@ -138,14 +150,19 @@ def judge(
 
 
 class _Judging:
-    def __init__(self, predicted: np.ndarray, table: ScoreTable) -> None:
+    def __init__(self, predicted: np.ndarray, table: ScoreTable, fold: np.ndarray) -> None:
         self.table = table
-        self.routed = Sweep(predicted, table.scores, table.costs)
+        self.parts = [np.flatnonzero(fold == number) for number in np.unique(fold)]
+        self.routed = [Sweep(predicted[rows], table.scores[rows], table.costs) for rows in self.parts]
         self.ideal = Sweep(table.scores, table.scores, table.costs)
 
     def curves(self, weights: np.ndarray) -> tuple[Curve, Curve, Curve]:
         """Router, oracle and hull."""
-        return self.routed.curve(weights), self.ideal.curve(weights), hull_curve(self._means(weights), self.table.costs)
+        drawn = [(sweep, weights[rows]) for sweep, rows in zip(self.routed, self.parts, strict=True)]
+        drawn = [(sweep, weight) for sweep, weight in drawn if weight.any()]
+        shares = [weight.sum() / weights.sum() for _, weight in drawn]
+        routed = mean_curve([sweep.curve(weight) for sweep, weight in drawn], shares)
+        return routed, self.ideal.curve(weights), hull_curve(self._means(weights), self.table.costs)
 
     def figures(self, weights: np.ndarray) -> dict[str, float]:
         means, costs = self._means(weights), self.table.costs

@@ -12,6 +12,8 @@ import numpy as np
 from catimage_accel.routing.storage import SavedRouter
 from catimage_accel.routing.table import ScoreTable, check_prompts
 
+STRETCH = 1e-3
+
 
 class Router(Protocol):
     """Predicts every candidate's quality from the prompt alone.
@@ -76,11 +78,11 @@ class ConstantRouter(FittedRouter):
 
 
 class RandomMixRouter(FittedRouter):
-    """Spreads prompts over the candidates by lot, never by what they say: the mix that routing has to beat.
+    """The best random mix: prompts are dealt to candidates by lot, never by what they say. Routing has to beat it.
 
-    A prompt's predictions are the mean scores, their distance from the mean over candidates stretched by a factor
-    between 0 and 2 drawn from the prompt's text and ``seed``. So at any tradeoff some prompts get a dearer candidate
-    than others.
+    A prompt's predictions are the mean scores, stretched about their own mean by a factor within a thousandth of 1,
+    drawn from the prompt's text and ``seed``. So around the tradeoff (or at the budget) where a constant router
+    sends all prompts from one candidate of the hull to the next at once, they change over one by one.
     """
 
     KIND = "random_mix"
@@ -95,9 +97,9 @@ class RandomMixRouter(FittedRouter):
     def predict(self, prompts: Sequence[str]) -> np.ndarray:
         self.require_fitted()
         check_prompts(prompts)
-        stretch = np.array([2 * _lot(prompt, self.seed) for prompt in prompts]).reshape(-1, 1)
+        lots = np.array([_lot(prompt, self.seed) for prompt in prompts]).reshape(-1, 1)
         centre = self._means.mean()
-        return centre + stretch * (self._means - centre)
+        return centre + (1 + STRETCH * (2 * lots - 1)) * (self._means - centre)
 
     def save(self, folder: str | Path) -> None:
         names = self.require_fitted()

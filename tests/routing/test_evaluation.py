@@ -1,0 +1,153 @@
+"""Held-out evaluation: a real gain is found, none is invented, and the report is plain JSON."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_routers import planted_table
+
+from catimage_accel.routing import (
+    ConstantRouter,
+    CountFeatures,
+    JointEmbedder,
+    KNNRouter,
+    NGramEmbedder,
+    OracleRouter,
+    RandomMixRouter,
+    ScoreTable,
+    evaluate,
+    judge,
+    plot_curves,
+)
+
+TABLE = planted_table()
+RATINGS = ScoreTable.from_csv(Path(__file__).parent / "data" / "genai_bench_200.csv")
+
+
+@pytest.mark.parametrize(
+    "embedder",
+    [NGramEmbedder(), CountFeatures(), JointEmbedder(NGramEmbedder(), CountFeatures())],
+    ids=["n-grams", "counts", "both"],
+)
+def test_knn_beats_the_random_mix_on_prompts_it_has_not_seen(embedder: object) -> None:
+    found = evaluate(lambda: KNNRouter(embedder), TABLE, resamples=200)  # type: ignore[arg-type]
+    assert found.gain_share.low is not None
+    assert found.gain_share.low > 0.05
+    assert found.hull_area.value < found.area.value < found.oracle_area.value  # type: ignore[operator]
+
+
+def test_no_gain_is_found_where_there_is_none() -> None:
+    for factory in (ConstantRouter, RandomMixRouter):
+        found = evaluate(factory, TABLE, resamples=200)
+        assert found.gain_share.value == pytest.approx(0, abs=0.05)
+    rng = np.random.default_rng(0)
+    noise = ScoreTable(TABLE.prompts, TABLE.candidates, rng.normal(size=TABLE.scores.shape), TABLE.costs)
+    found = evaluate(KNNRouter, noise, resamples=200)
+    assert found.gain_share.low is not None
+    assert found.gain_share.low < 0.02
+
+
+def test_the_true_scores_reach_the_oracle() -> None:
+    found = judge(TABLE.scores, TABLE, resamples=50)
+    assert found.gain_share.value == pytest.approx(1)
+    assert found.qnc.value is not None
+    assert found.qnc.value < 1
+    # Cross-validated, every fold keeps to the cost by itself, which leaves the oracle a little less room.
+    by_fold = evaluate(lambda: Peeking(TABLE), TABLE, resamples=50)
+    assert by_fold.oracle_area == found.oracle_area
+    assert 0.98 < (by_fold.gain_share.value or 0) <= 1
+
+
+class Peeking(OracleRouter):
+    """An oracle that is told all scores beforehand, so that it may be cross-validated."""
+
+    def __init__(self, everything: ScoreTable) -> None:
+        super().fit(everything)
+
+    def fit(self, table: ScoreTable) -> Peeking:
+        return self
+
+
+def test_published_ratings() -> None:
+    found = evaluate(KNNRouter, RATINGS, resamples=100)
+    assert found.prompts == 200
+    assert found.candidates == RATINGS.candidates
+    assert found.best_single_candidate == "DALLE_3"
+    assert set(found.quality_at) == {"0.25", "0.50", "0.75"}
+    for estimate in (found.area, found.hull_area, found.oracle_area, found.gain_share, found.best_single):
+        assert estimate.low <= estimate.value <= estimate.high  # type: ignore[operator]
+    read = json.loads(found.to_json())
+    assert read["gain_share"]["value"] == found.gain_share.value
+    assert len(read["costs"]) == len(read["curve"]) == len(read["hull"]) == len(read["oracle"])
+
+
+def test_row_order_plays_no_part_and_a_seed_fixes_the_rest() -> None:
+    rows = np.random.default_rng(0).permutation(len(RATINGS))
+    first, again = (evaluate(KNNRouter, table, resamples=20) for table in (RATINGS, RATINGS.select(rows)))
+    for name in ("area", "gain_share", "hull_area"):
+        a, b = getattr(first, name), getattr(again, name)
+        np.testing.assert_allclose([a.value, a.low, a.high], [b.value, b.low, b.high], rtol=1e-9)
+    assert evaluate(KNNRouter, RATINGS, seed=1, resamples=20).area != first.area
+
+
+def test_a_test_table_is_never_learnt_from() -> None:
+    training, test = TABLE.split(0.25)
+    apart = evaluate(KNNRouter, training, test=test, resamples=20)
+    assert evaluate(KNNRouter, TABLE, test=test, resamples=20) == apart
+    with pytest.raises(ValueError, match="all 60 training prompts are among the 60 test prompts"):
+        evaluate(KNNRouter, test, test=test)
+    with pytest.raises(ValueError, match="fitted for the candidates 4 steps, 10 steps, 50 steps"):
+        evaluate(KNNRouter, TABLE, test=RATINGS)
+
+
+def test_a_quality_never_reached_is_null() -> None:
+    table = ScoreTable(("a", "b"), ("x", "y"), [[0.0, 1.0], [1.0, 2.0]], [1.0, 2.0])
+    found = judge(-table.scores, table, resamples=20)
+    assert found.qnc.value is None
+    assert json.loads(found.to_json())["qnc"]["value"] is None
+    assert found.quality_at == {"0.25": None, "0.50": 0.5, "0.75": 0.5}
+
+
+def test_without_headroom_there_is_no_gain_share() -> None:
+    table = ScoreTable(("a", "b"), ("x", "y"), [[0.0, 1.0], [0.0, 1.0]], [1.0, 2.0])
+    assert judge(table.scores, table, resamples=20).gain_share.value is None
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "said"),
+    [
+        pytest.param(TABLE.restrict(["4 steps"]), {}, "candidates 4 steps all cost 4", id="one candidate"),
+        pytest.param(TABLE.select(range(3)), {}, "5 folds of 3 prompts", id="fewer prompts than folds"),
+        pytest.param(TABLE, {"resamples": 0}, "resamples is 0", id="no resamples"),
+        pytest.param(TABLE, {"confidence": 95}, "confidence 95", id="confidence in per cent"),
+    ],
+)
+def test_refuses(table: ScoreTable, options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        evaluate(ConstantRouter, table, **options)
+
+
+def test_curves_are_plotted(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = {"k-NN": judge(TABLE.scores, TABLE, resamples=2)}
+    plot_curves(found, tmp_path / "curves.png", cost_unit="GFLOP", quality="CLIPScore")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no evaluations"):
+        plot_curves({}, tmp_path / "none.png")
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(name)
+        return real(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install catimage-accel\[plots\]"):
+        plot_curves({"k-NN": judge(TABLE.scores, TABLE, resamples=2)}, tmp_path / "curves.png")
