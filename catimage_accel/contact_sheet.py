@@ -10,7 +10,7 @@ MIN_SIDE = 256
 MARGIN = 16
 PROMPT_SIZE, ROUTE_SIZE = 17, 14
 LINE_GAP = 4
-MAX_PROMPT_LINES = 5
+MAX_PROMPT_LINES, MAX_NOTE_LINES = 5, 4
 PAPER, INK, FAINT = (252, 252, 250), (24, 24, 27), (82, 88, 99)
 
 
@@ -20,8 +20,8 @@ def contact_sheet(
     """One RGB image of all ``pictures`` in rows of ``columns``, in order.
 
     Pictures under 256 pixels a side are enlarged by a whole factor (Lanczos), so that 64-pixel ones can be judged at
-    normal zoom. ``prompts`` are wrapped, and cut with an ellipsis after five lines; ``notes`` (the routes) are one
-    paragraph each beneath. ValueError if the three differ in length or are empty.
+    normal zoom. ``prompts`` are wrapped and, after five lines, cut with an ellipsis; ``notes`` (the routes) stand
+    beneath, their line breaks kept. ValueError if the three differ in length or are empty.
     """
     if not pictures or not len(pictures) == len(prompts) == len(notes):
         raise ValueError(
@@ -33,7 +33,7 @@ def contact_sheet(
     width = max(picture.width for picture in enlarged)
     height = max(picture.height for picture in enlarged)
     wrapped = [
-        (_wrap(prompt, prompt_font, width)[:MAX_PROMPT_LINES], _wrap(note, note_font, width))
+        (_wrap(prompt, prompt_font, width, MAX_PROMPT_LINES), _wrap(note, note_font, width, MAX_NOTE_LINES))
         for prompt, note in zip(prompts, notes, strict=True)
     ]
     columns = min(columns, len(pictures))
@@ -72,23 +72,28 @@ def _text_height(prompt: Sequence[str], note: Sequence[str]) -> int:
     return 2 * LINE_GAP + len(prompt) * (PROMPT_SIZE + LINE_GAP) + len(note) * (ROUTE_SIZE + LINE_GAP)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """``text`` in lines of at most ``width`` pixels; a word that is longer by itself is broken."""
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
+    """``text`` in at most ``most`` lines of at most ``width`` pixels; a word too long for a line is broken."""
     lines: list[str] = []
-    line = ""
-    for word in text.split():
-        if line and font.getlength(f"{line} {word}") <= width:
-            line = f"{line} {word}"
-            continue
+    for paragraph in text.splitlines():
+        line = ""
+        for word in paragraph.split():
+            joined = f"{line} {word}".strip()
+            if font.getlength(joined) <= width:
+                line = joined
+                continue
+            if line:
+                lines.append(line)
+            line = word
+            while font.getlength(line) > width:
+                fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+                lines.append(line[:fits])
+                line = line[fits:]
         if line:
             lines.append(line)
-        while font.getlength(word) > width:
-            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            lines.append(word[:fits])
-            word = word[fits:]
-        line = word
-    if line:
-        lines.append(line)
-    if len(lines) > MAX_PROMPT_LINES:
-        lines[MAX_PROMPT_LINES - 1] += " …"
+    if len(lines) > most:
+        lines = lines[:most]
+        while lines[-1] and font.getlength(lines[-1] + "...") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += "..."
     return lines

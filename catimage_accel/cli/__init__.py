@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -29,12 +30,20 @@ class _Root(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning  # type: ignore[assignment]
+                return super().invoke(ctx)
         except USAGE_ERRORS as error:
             if ctx.params.get("show_traceback"):
                 traceback.print_exc(file=sys.stderr)
             say(" ".join(str(error).split()))
             raise typer.Exit(2) from None
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    # What a library deprecates is no news to who draws a picture.
+    if category is UserWarning:
+        say(" ".join(str(message).split()))
 
 
 app = typer.Typer(

@@ -150,7 +150,7 @@ class _Run:
         from catimage_accel.storage import write_atomic
 
         pairs = [self.drawn[position] for position in sorted(self.drawn)]
-        notes = [f"{route.candidate}  |  {_quality(route)}  |  {route.cost:.3g} GFLOP" for _, route in pairs]
+        notes = [f"{route.candidate}\n{_quality(route)}, {route.cost:.3g} GFLOP" for _, route in pairs]
         sheet = contact_sheet([image for image, _ in pairs], [route.prompt for _, route in pairs], notes, columns)
         content = io.BytesIO()
         sheet.save(content, "PNG", optimize=True)

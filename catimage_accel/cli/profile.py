@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from catimage_accel.catalog import COSTS_FILE, Catalog
-from catimage_accel.cli.console import progress_bar, say
+from catimage_accel.cli.console import loading, progress_bar, say
 from catimage_accel.cli.files import read_prompts
 from catimage_accel.storage import CHECKSUMS_FILE, write_atomic
 
@@ -41,12 +41,15 @@ def profile(
             raise ValueError(f"prompts is {str(prompts)!r}, which has no prompts; accepted: text, one prompt a line")
         judge = loaded.judge_folder
 
-    from catimage_accel.arguments import find_device
-    from catimage_accel.executor import Executor
-    from catimage_accel.profiling import BATCH_SIZES, count_flops, device_name, time_candidates
+    with loading(f"catalog {loaded.name}"):
+        from catimage_accel.arguments import find_device
+        from catimage_accel.executor import Executor
+        from catimage_accel.profiling import BATCH_SIZES, count_flops, device_name, time_candidates
 
-    found = find_device(device)
-    executor = Executor(max_batch=max_batch, device=found, resolve_model=loaded.resolve_model)
+        found = find_device(device)
+        executor = Executor(max_batch=max_batch, device=found, resolve_model=loaded.resolve_model)
+        for candidate in loaded.candidates:
+            executor.check(candidate)
     with progress_bar() as progress:
         bar = progress.add_task("counting FLOPs", total=len(loaded.candidates))
         flops = count_flops(loaded, lambda number: progress.advance(bar, number))
