@@ -238,7 +238,7 @@ class Catalog:
 
 
 def _find_folder(source: str | os.PathLike[str]) -> Path:
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (str, os.PathLike)) or source == "":
         raise ValueError(f"catalog is {source!r}; accepted: a folder, a hub id, or {BUILT_IN!r}")
     if source == BUILT_IN:
         return Path(__file__).parent / "zoo" / BUILT_IN

@@ -38,7 +38,8 @@ def validated(model: type[Model], values: Any, where: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
+        # A misspelt key also shows as a missing one: the key that is there says more.
+        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
         first = problems[0]
         place = ".".join(str(part) for part in first["loc"]) or "file"
         if first["type"] == "extra_forbidden":
