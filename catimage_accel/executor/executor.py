@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -61,6 +61,7 @@ class Executor:
         self._resolve_model = resolve_model or Path
         self._engines = EngineCache(self.device)
         self._tables: dict[tuple[Path, str, int], SamplerTable] = {}
+        self._prepared: dict[tuple[Any, ...], tuple[Engine, SamplerTable]] = {}
 
     def check(self, candidate: Candidate) -> None:
         """Raises ValueError or FileNotFoundError for a candidate that can't be drawn; reads configs, no weights."""
@@ -75,11 +76,15 @@ class Executor:
         self._table(model, candidate)
 
     def prepare(self, candidate: Candidate) -> tuple[Engine, SamplerTable]:
-        """What draws the candidate, loaded on first use. Raises as :meth:`check` does."""
-        self.check(candidate)
-        model = self._resolve_model(candidate.model)
-        engine = self._engines.get(model, candidate.unet, candidate.engine, candidate.precision)
-        return engine, self._table(model, candidate)
+        """What draws the candidate, loaded on first use. Raises as :meth:`check` does, and for unreadable weights."""
+        c = candidate
+        key = (c.model, c.unet, c.engine, c.precision, c.sampler, c.steps, c.guidance_scale, repr(dict(c.options)))
+        if key not in self._prepared:
+            self.check(candidate)
+            model = self._resolve_model(candidate.model)
+            engine = self._engines.get(model, candidate.unet, candidate.engine, candidate.precision)
+            self._prepared[key] = (engine, self._table(model, candidate))
+        return self._prepared[key]
 
     def run(self, jobs: Iterable[Job], *, on_step: OnStep | None = None) -> Iterator[Finished]:
         """Draws the jobs; yields each as it finishes, so not in the order of ``jobs``.

@@ -1,0 +1,197 @@
+"""Images a second: the executor against a loop over diffusers' pipeline, same routed prompts, same process.
+
+    python bench/bench_executor.py [--prompts FILE] [--catalog emoji] [--json FILE]
+
+Both draw the same prompts with the same candidates and seeds, in float32, to uint8 images. The loop is
+what a diffusers user writes: one StableDiffusionPipeline a UNet, the candidate's scheduler set before each call,
+prompts of one candidate in turn so that none is rebuilt needlessly, no progress bar. DeepCache candidates are left out
+of the routing, for the loop has none. Rounds alternate between the two; the ratio is that of the medians. With
+``--untrained`` no catalog is needed: random weights of the zoo's shapes and candidates in turn, as speed does not
+depend on either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+from catimage_accel.catalog import Candidate, Catalog
+from catimage_accel.executor import Executor, Job
+
+SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
+NOUNS = ("dog", "crown", "bear", "lemon", "rocket", "guitar", "tree", "ball")
+
+
+def default_prompts(count: int) -> list[str]:
+    """One to four objects in turn."""
+    shapes = ("a {0}", "a {0} and a {1}", "a {0}, a {1} and a {2} on a pink background", "a {0} left of a {1}")
+    return [shapes[i % 4].format(*np.roll(NOUNS, i)[:3]) for i in range(count)]
+
+
+def routed(catalog: Catalog, prompts: list[str], tradeoff: float) -> tuple[list[Candidate], float]:
+    """Every prompt's candidate, and the seconds that routing took once the router was loaded and warm."""
+    from catimage_accel.routing import choose
+
+    router = catalog.router()
+    usable = [c for c in catalog.candidates if not c.options and c.precision == "fp32"]
+    names = list(router.candidates)
+    columns = [names.index(c.name) for c in usable]
+    costs = np.array([catalog.costs[c.name] for c in usable])
+    router.predict(prompts[:1])
+    start = time.perf_counter()
+    chosen = choose(router.predict(prompts)[:, columns], costs, tradeoff)
+    return [usable[i] for i in chosen], time.perf_counter() - start
+
+
+def untrained(folder: Path) -> list[Candidate]:
+    """The zoo's shapes with random weights, and candidates that use them."""
+    from transformers import CLIPTextModel
+
+    from catimage_accel.zoo.training.autoencoder import new_autoencoder
+    from catimage_accel.zoo.training.denoiser import new_scheduler, new_small, new_teacher, new_text_encoder
+    from catimage_accel.zoo.training.tokenizer import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer, vae = build_tokenizer(captions=300), new_autoencoder()
+    text_encoder: CLIPTextModel = new_text_encoder(tokenizer)
+    channels = vae.config.latent_channels
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=new_teacher(channels), scheduler=new_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    new_small(channels).save_pretrained(folder / "unet_small")
+    mix = [("ddim", 25, "unet"), ("dpmsolver++", 10, "unet"), ("ddim", 25, "unet_small"), ("dpmsolver++", 6, "unet"),
+           ("ddim", 8, "unet_small")]  # fmt: skip
+    return [
+        Candidate(f"{unet}-{sampler}-{steps}", str(folder), steps, sampler, 4.0, unet) for sampler, steps, unet in mix
+    ]
+
+
+class DiffusersLoop:
+    """One pipeline a (model, UNet); the parts that UNets of one model have in common are shared."""
+
+    def __init__(self, candidates: list[Candidate], resolve: Callable[[str], Path]) -> None:
+        self._pipes: dict[tuple[str, str], StableDiffusionPipeline] = {}
+        for c in candidates:
+            if (c.model, c.unet) not in self._pipes:
+                folder = resolve(c.model)
+                unet = UNet2DConditionModel.from_pretrained(folder / c.unet, use_safetensors=True)
+                pipe = StableDiffusionPipeline.from_pretrained(folder, unet=unet, safety_checker=None)
+                pipe.set_progress_bar_config(disable=True)
+                self._pipes[c.model, c.unet] = pipe
+
+    def draw(self, prompts: list[str], candidates: list[Candidate]) -> list[np.ndarray]:
+        images: dict[int, np.ndarray] = {}
+        for index in sorted(range(len(prompts)), key=lambda i: candidates[i].name):
+            c = candidates[index]
+            pipe = self._pipes[c.model, c.unet]
+            pipe.scheduler = SCHEDULERS[c.sampler].from_config(pipe.scheduler.config)
+            image = pipe(
+                prompts[index], num_inference_steps=c.steps, guidance_scale=c.guidance_scale,
+                generator=torch.Generator().manual_seed(index),
+            ).images[0]  # fmt: skip
+            images[index] = np.asarray(image)
+        return [images[index] for index in range(len(prompts))]
+
+
+def draw_with_executor(executor: Executor, prompts: list[str], candidates: list[Candidate]) -> list[np.ndarray]:
+    jobs = (
+        Job(prompt, c, torch.Generator().manual_seed(index), key=index)
+        for index, (prompt, c) in enumerate(zip(prompts, candidates, strict=True))
+    )
+    images: dict[int, np.ndarray] = {}
+    for outcome in executor.run(jobs):
+        if outcome.error is not None:
+            raise outcome.error
+        images[outcome.key] = outcome.image
+    return [images[index] for index in range(len(prompts))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--catalog", default="emoji", help="folder, hub id or built-in name")
+    parser.add_argument("--untrained", action="store_true", help="random weights instead of a catalog")
+    parser.add_argument("--prompts", type=Path, help="one prompt a line; default: 32 built-in ones")
+    parser.add_argument("--count", type=int, default=32, help="how many prompts")
+    parser.add_argument("--tradeoff", type=float, default=0.05)
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args = parser.parse_args()
+    prompts = args.prompts.read_text(encoding="utf-8").splitlines() if args.prompts else default_prompts(args.count)
+    prompts = [prompt for prompt in prompts if prompt.strip()][: args.count]
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.untrained:
+            mix, routing_seconds, resolve = untrained(Path(scratch)), 0.0, Path
+            candidates = [mix[index % len(mix)] for index in range(len(prompts))]
+        else:
+            catalog = Catalog.load(args.catalog)
+            resolve = catalog.resolve_model
+            candidates, routing_seconds = routed(catalog, prompts, args.tradeoff)
+        executor = Executor(device="cpu", max_batch=args.max_batch, resolve_model=resolve)
+        loop = DiffusersLoop(candidates, resolve)
+        first = {c.name: index for index, c in reversed(list(enumerate(candidates)))}  # warm both up, and compare
+        few, theirs = [prompts[i] for i in first.values()], [candidates[i] for i in first.values()]
+        pairs = zip(loop.draw(few, theirs), draw_with_executor(executor, few, theirs), strict=True)
+        difference = max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in pairs)
+
+        wall: dict[str, list[float]] = {"diffusers": [], "executor": []}
+        cpu: dict[str, list[float]] = {"diffusers": [], "executor": []}
+        for _ in range(args.rounds):
+            for name in wall:
+                start, start_cpu = time.perf_counter(), time.process_time()
+                if name == "diffusers":
+                    loop.draw(prompts, candidates)
+                else:
+                    draw_with_executor(executor, prompts, candidates)
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - start_cpu)
+
+    seconds = {name: statistics.median(values) for name, values in wall.items()}
+    cpu_seconds = {name: statistics.median(values) for name, values in cpu.items()}
+    result = {
+        "images": len(prompts),
+        "candidates": Counter(c.name for c in candidates),
+        "images_a_second": {name: len(prompts) / value for name, value in seconds.items()},
+        "ratio": seconds["diffusers"] / seconds["executor"],
+        "cpu_seconds": cpu_seconds,
+        "cpu_seconds_ratio": cpu_seconds["diffusers"] / cpu_seconds["executor"],
+        "routing_share": routing_seconds / seconds["executor"],
+        "largest_pixel_difference": difference,
+        "rounds": args.rounds,
+        "max_batch": args.max_batch,
+        "untrained": args.untrained,
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                    "threads": torch.get_num_threads(), "torch": torch.__version__},
+    }  # fmt: skip
+    for name, rate in result["images_a_second"].items():
+        print(f"{name:10} {rate:7.3f} images/s")
+    print(f"ratio      {result['ratio']:7.3f}   (of CPU time: {result['cpu_seconds_ratio']:.3f})")
+    print(f"routing    {result['routing_share']:7.2%} of the executor's time; largest pixel difference {difference}")
+    if args.json:
+        partial = args.json.with_suffix(args.json.suffix + ".part")
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, args.json)
+
+
+if __name__ == "__main__":
+    main()
