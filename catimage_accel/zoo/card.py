@@ -50,7 +50,7 @@ def model_card(training: dict[str, Any], figures: dict[str, Any]) -> str:
               "| pictures | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]  # fmt: skip
     for name, row in figures["judge_clip_score"].items():
         lines.append(f"| {name} | " + " | ".join(f"{row[column]:.3f}" for column in columns) + " |")
-    lines += ["", f"Command: `catimage zoo measure CATALOG --number {number}`, seeds 0 to {number - 1}, guidance scale 4.",
+    lines += ["", f"Command: `catimage zoo measure CATALOG --number {number}`, seeds from 0, guidance scale 4.",
               "Standard errors are binomial.\n"]  # fmt: skip
     return "\n".join(lines)
 
