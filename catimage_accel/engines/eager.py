@@ -105,6 +105,7 @@ class EagerEngine:
         self.unet = loaded.to(device=self.device, memory_format=torch.channels_last)
         self._text = CachedText(self.unet)
         self._states: WeakValueDictionary[str, TextState] = WeakValueDictionary()
+        self._empty: TextState | None = None  # every guided image needs it: kept, unlike the other prompts' states
 
         size = self.unet.config.sample_size
         self.channels: int = self.unet.config.in_channels
@@ -122,6 +123,7 @@ class EagerEngine:
                 own = tuple((key[row].clone(), value[row].clone()) for key, value in layers)
                 states[prompt] = TextState(prompt, hidden[row], own)
             self._states.update(states)
+            self._empty = states.get("", self._empty)
         return [states[prompt] for prompt in prompts]
 
     @torch.inference_mode()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from catimage_accel.catalog import Candidate
 from catimage_accel.executor import Executor, Finished, Job, Step
@@ -111,13 +116,37 @@ def test_latents_and_image_in_a_mixed_batch(
         assert outcome.milliseconds > 0
 
 
-@pytest.mark.parametrize("max_batch", [1, 3, 16])
-def test_an_image_does_not_depend_on_the_batch(executor: Executor, tiny_sd_folder: Path, max_batch: int) -> None:
-    jobs = mixed_jobs(tiny_sd_folder)
-    other = Executor(device="cpu", max_batch=max_batch)
-    alone = [finished(executor, [one])[0] for one in mixed_jobs(tiny_sd_folder)]
-    for one, together in zip(alone, finished(other, jobs), strict=True):
-        torch.testing.assert_close(one.latents, together.latents, atol=1e-5, rtol=1e-5)
+@cache
+def executor_of(max_batch: int) -> Executor:
+    return Executor(device="cpu", max_batch=max_batch)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    mix=st.lists(
+        st.tuples(
+            st.sampled_from(sorted(SCHEDULERS)), st.integers(1, 6), st.sampled_from([1.0, 3.0]),
+            st.sampled_from([1, 2, 3]), st.sampled_from([None, 96]),
+        ), min_size=2, max_size=9,
+    ),
+    max_batch=st.integers(1, 5),
+)  # fmt: skip
+def test_an_image_does_not_depend_on_the_batch(
+    tiny_sd_folder: Path, mix: list[tuple[Any, ...]], max_batch: int
+) -> None:
+    """Any mixture of samplers, lengths, guidance, DeepCache and sizes, in batches of any limit."""
+
+    def one(seed: int) -> Job:
+        sampler, steps, guidance, interval, width = mix[seed]
+        drawn_by = candidate(tiny_sd_folder, sampler, steps, guidance, options={"deepcache_interval": interval})
+        generator = torch.Generator().manual_seed(seed)
+        return Job(PROMPTS[seed % 4], drawn_by, generator, key=seed, width=width)
+
+    executor = executor_of(max_batch)
+    together = finished(executor, [one(seed) for seed in range(len(mix))])
+    for seed, outcome in enumerate(together):
+        [alone] = finished(executor, [one(seed)])
+        torch.testing.assert_close(outcome.latents, alone.latents, atol=1e-5, rtol=1e-5)
 
 
 def test_a_shared_generator_is_drawn_from_in_the_order_of_the_jobs(
@@ -180,7 +209,7 @@ def test_given_latents_are_the_noise(executor: Executor, pipe: StableDiffusionPi
 
 
 def test_new_jobs_join_while_others_are_drawn(executor: Executor, tiny_sd_folder: Path) -> None:
-    """Jobs are pulled lazily: a long stream never has more than two batches' worth in flight."""
+    """Jobs are pulled lazily: one batch is drawn, at most one waits, and up to three images wait for a decode of four."""
     out = 0
     pulled = 0
 
@@ -188,7 +217,7 @@ def test_new_jobs_join_while_others_are_drawn(executor: Executor, tiny_sd_folder
         nonlocal pulled
         for index in range(30):
             pulled += 1
-            assert pulled - out <= 2 * executor.max_batch
+            assert pulled - out <= 2 * executor.max_batch + 3
             yield job(candidate(tiny_sd_folder, steps=1 + index % 3), "a dog", index)
 
     for _ in executor.run(stream()):
@@ -259,6 +288,25 @@ def test_each_prompt_is_encoded_once(tiny_sd_folder: Path, monkeypatch: pytest.M
     prompts = ["a dog", "a dog", "a crown", "a dog"]
     finished(executor, [job(one, prompt, seed) for seed, prompt in enumerate(prompts)])
     assert sum(encoded) == 3, "a dog, a crown and the empty prompt"
+
+
+def test_the_empty_prompt_is_encoded_once_an_engine(tiny_sd_folder: Path) -> None:
+    executor = Executor(device="cpu")
+    engine, _ = executor.prepare(candidate(tiny_sd_folder))
+    encoded: list[int] = []
+    engine.shared.text_encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))  # type: ignore[attr-defined]
+    for seed in range(2):
+        finished(executor, [job(candidate(tiny_sd_folder), "a dog", seed)])
+    assert sum(encoded) == 3, "a dog in each run, the empty prompt in the first"
+
+
+def test_no_jobs_no_images(executor: Executor) -> None:
+    assert list(executor.run([])) == []
+
+
+def test_importing_the_executor_imports_neither_diffusers_nor_transformers() -> None:
+    code = "import sys, catimage_accel.executor; sys.exit(bool({'diffusers', 'transformers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("max_batch", [0, -1, 2.0, True])
