@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
-from catimage_accel.engines import DeepFeatures, EagerEngine, Engine, EngineCache, check_model_folder
+from catimage_accel.engines import DeepFeatures, EagerEngine, Engine, EngineCache, SharedParts, check_model_folder
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,23 @@ def test_bf16_runs_every_part_in_bf16_and_answers_in_float32(tiny_sd_folder: Pat
     text = engine.gather(engine.encode_prompts(["a dog"]))
     assert engine.denoise(noise(1), torch.tensor([500.0]), text).dtype == torch.float32
     assert engine.decode(noise(1)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_a_float16_decoder_that_overflows_stays_in_float32(
+    tiny_sd_folder: Path, tmp_path: Path, force_upcast: bool
+) -> None:
+    folder = shutil.copytree(tiny_sd_folder, tmp_path / "upcast")
+    edit("vae", force_upcast=force_upcast)(folder)
+    shared = SharedParts(folder, torch.float16, torch.device("cpu"))
+    assert shared.text_encoder.dtype == torch.float16
+    assert shared.vae.dtype == (torch.float32 if force_upcast else torch.float16)
+    assert shared.decode(noise(1)).dtype == torch.float32
+
+
+def test_shared_parts_of_another_precision_are_refused(tiny_sd_folder: Path, engine: EagerEngine) -> None:
+    with pytest.raises(ValueError, match=r"shared is in torch\.float32 on cpu; accepted: torch\.bfloat16"):
+        EagerEngine(tiny_sd_folder, precision="bf16", shared=engine.shared)
 
 
 def test_engines_of_one_folder_share_text_encoder_and_decoder(tiny_sd_folder: Path, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_given_latents_are_the_noise(executor: Executor, pipe: StableDiffusionPi
 
 
 def test_new_jobs_join_while_others_are_drawn(executor: Executor, tiny_sd_folder: Path) -> None:
-    """Jobs are pulled lazily: one batch is drawn, at most one waits, and up to three images wait for a decode of four."""
+    """Jobs are pulled lazily: one batch is drawn, at most one waits, up to three images wait for a decode of four."""
     out = 0
     pulled = 0
 
