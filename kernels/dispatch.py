@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -14,20 +14,15 @@ IMPLS: tuple[Impl, ...] = ("reference", "triton")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@cache
-def triton_installed() -> bool:
-    """Whether triton can be imported (CPU builds of torch come without it)."""
-    return find_spec("triton") is not None
-
-
-@cache
-def triton_interprets() -> bool:
-    """Whether triton kernels run in its interpreter (``TRITON_INTERPRET=1``), which takes CPU tensors."""
-    if not triton_installed():
-        return False
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+# Constants, not functions: torch.compile cannot trace a look into the environment.
+TRITON_INSTALLED = find_spec("triton") is not None  # CPU builds of torch come without it
+TRITON_INTERPRETS = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in (
+    "1",
+    "true",
+    "yes",
+    "on",
+    "y",
+)
 
 
 def choose_impl(impl: str | None, name: str, x: torch.Tensor, *others: torch.Tensor | None) -> Impl:
@@ -47,17 +42,17 @@ def choose_impl(impl: str | None, name: str, x: torch.Tensor, *others: torch.Ten
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; accepted: {', '.join(map(repr, IMPLS))} or None (best available)")
     if impl == "triton":
-        if not triton_installed():
+        if not TRITON_INSTALLED:
             raise ValueError("impl is 'triton', but triton is not installed: pip install catimage-accel[triton]")
         if x.dtype not in TRITON_DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}; impl 'triton' accepts {', '.join(map(str, TRITON_DTYPES))}")
-        if not x.is_cuda and not triton_interprets():
+        if not x.is_cuda and not TRITON_INTERPRETS:
             raise ValueError(f"{name} is on {x.device}; impl 'triton' accepts CUDA tensors")
     if impl == "reference" or needs_gradient(x, *others):
         return "reference"
     if impl == "triton":
         return "triton"
-    return "triton" if x.is_cuda and x.dtype in TRITON_DTYPES and triton_installed() else "reference"
+    return "triton" if x.is_cuda and x.dtype in TRITON_DTYPES and TRITON_INSTALLED else "reference"
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -76,7 +71,7 @@ def register_triton_op(name: str, fn: Callable[..., Any], fake: Callable[..., An
         fn: The implementation; its annotations are the op's schema; it mutates no argument.
         fake: The same signature on tensors without data: shapes, dtypes and strides of the results.
     """
-    register = torch.library.custom_op if triton_interprets() else torch.library.triton_op
+    register = torch.library.custom_op if TRITON_INTERPRETS else torch.library.triton_op
     op = register(f"catimage_accel::{name}", fn, mutates_args=())
     op.register_fake(fake)
     return op

@@ -1,10 +1,14 @@
 """The Triton kernels of ``group_norm``.
 
 A group is cut into chunks, so that a few groups still fill the device: (1) the moments kernels write each chunk's mean
-and centred sum of squares, (2) ``combine_kernel`` merges them in a fixed order (Chan et al. 1983), (3) the apply kernels
-normalise. The cuts depend on the shape of one image only. Inside a chunk every lane runs Welford's update, so nothing is
-ever the difference of two large sums.
+and centred sum of squares, (2) ``combine_kernel`` merges them in a fixed order (Chan et al. 1983), (3) the apply
+kernels normalise. The cuts depend on the shape of one image only. Inside a chunk every lane runs Welford's update, so
+nothing is ever the difference of two large sums. A mean is kept as a float32 and the rounding it lost: where the mean is
+many standard deviations, its last bit is what the result's error comes from.
 """
+
+# Triton's kernels take pointers and scalars that have no Python type.
+# mypy: disable-error-code=no-untyped-def
 
 from __future__ import annotations
 
@@ -19,14 +23,22 @@ from catimage_accel.kernels.tuning import launch_config
 
 
 @triton.jit
-def merge_lanes(count, mean, squares, axis: tl.constexpr):
-    """Mean and centred sum of squares over an axis of lanes, each with its own count, mean and centred squares."""
+def move_mean(mean, low, step):
+    """``mean + low + step`` as a new such pair (Dekker's fast two-sum)."""
+    step += low
+    moved = mean + step
+    return moved, step - (moved - mean)
+
+
+@triton.jit
+def merge_lanes(count, mean, low, squares, axis: tl.constexpr):
+    """Mean, its rounding and the centred sum of squares over an axis of lanes that hold the same and a count."""
     total = tl.sum(count, axis)
     rough = tl.sum(count * mean, axis) / total
-    # The second round takes the rounding of a large mean out of the first.
-    merged = rough + tl.sum(count * (mean - tl.expand_dims(rough, axis)), axis) / total
-    delta = mean - tl.expand_dims(merged, axis)
-    return merged, tl.sum(squares + count * delta * delta, axis)
+    rest = tl.sum(count * (mean - tl.expand_dims(rough, axis) + low), axis) / total
+    merged, merged_low = move_mean(rough, 0.0, rest)
+    delta = (mean - tl.expand_dims(merged, axis)) + (low - tl.expand_dims(merged_low, axis))
+    return merged, merged_low, tl.sum(squares + count * delta * delta, axis)
 
 
 @triton.jit
@@ -39,7 +51,7 @@ def activate(y, SILU: tl.constexpr):
 @triton.jit
 def moments_nchw_kernel(
     x_ptr,  # (batch * groups, size)
-    partials_ptr,  # (2, batch * groups * chunks) float32: mean, centred sum of squares
+    partials_ptr,  # (3, batch * groups * chunks) float32: mean, its rounding, centred sum of squares
     size,
     chunks,
     CHUNK: tl.constexpr,
@@ -50,24 +62,27 @@ def moments_nchw_kernel(
     x_ptr += (program // chunks).to(tl.int64) * size
     count = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
+    low = tl.zeros([BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
     for step in range(0, tl.minimum(size - first, CHUNK), BLOCK):
         offset = first + step + tl.arange(0, BLOCK)
         mask = offset < size
         x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
         count += mask.to(tl.float32)
-        delta = tl.where(mask, x - mean, 0.0)
-        mean += delta / tl.maximum(count, 1.0)
-        squares += delta * (x - mean)
-    chunk_mean, chunk_squares = merge_lanes(count, mean, squares, 0)
+        delta = tl.where(mask, x - mean - low, 0.0)
+        mean, low = move_mean(mean, low, delta / tl.maximum(count, 1.0))
+        squares += delta * (x - mean - low)
+    chunk_mean, chunk_low, chunk_squares = merge_lanes(count, mean, low, squares, 0)
+    plane = tl.num_programs(0)
     tl.store(partials_ptr + program, chunk_mean)
-    tl.store(partials_ptr + tl.num_programs(0) + program, chunk_squares)
+    tl.store(partials_ptr + plane + program, chunk_low)
+    tl.store(partials_ptr + 2 * plane + program, chunk_squares)
 
 
 @triton.jit
 def moments_nhwc_kernel(
     x_ptr,  # (batch, pixels, channels)
-    partials_ptr,  # (2, batch * groups * chunks * group_channels) float32: mean, centred sum of squares
+    partials_ptr,  # (3, batch * groups * chunks * group_channels) float32, as above
     pixels,
     channels,
     groups,
@@ -89,27 +104,29 @@ def moments_nhwc_kernel(
     left = pixels - chunk * CHUNK
     count = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
     mean = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
+    low = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
     squares = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
     for step in range(0, tl.minimum(left, CHUNK), BLOCK_PIXELS):
         in_pixels = (lane < left - step)[:, None]
         x = tl.load(pointers, in_pixels & in_channels[None, :], 0.0).to(tl.float32)
         count += in_pixels.to(tl.float32)
-        delta = tl.where(in_pixels, x - mean, 0.0)
-        mean += delta / tl.maximum(count, 1.0)
-        squares += delta * (x - mean)
+        delta = tl.where(in_pixels, x - mean - low, 0.0)
+        mean, low = move_mean(mean, low, delta / tl.maximum(count, 1.0))
+        squares += delta * (x - mean - low)
         pointers += BLOCK_PIXELS * channels
-    chunk_mean, chunk_squares = merge_lanes(count, mean, squares, 0)
+    chunk_mean, chunk_low, chunk_squares = merge_lanes(count, mean, low, squares, 0)
     group_channels = channels // groups
     partials_ptr += ((image * groups + channel // group_channels) * chunks + chunk) * group_channels
     partials_ptr += channel % group_channels
     tl.store(partials_ptr, chunk_mean, in_channels)
-    tl.store(partials_ptr + plane, chunk_squares, in_channels)
+    tl.store(partials_ptr + plane, chunk_low, in_channels)
+    tl.store(partials_ptr + 2 * plane, chunk_squares, in_channels)
 
 
 @triton.jit
 def combine_kernel(
-    partials_ptr,  # (2, batch * groups, chunks, width) float32: mean, centred sum of squares
-    moments_ptr,  # (2, batch * groups) float32: mean, 1 / sqrt(variance + eps)
+    partials_ptr,  # (3, batch * groups, chunks, width) float32: mean, its rounding, centred sum of squares
+    moments_ptr,  # (3, batch * groups) float32: mean, its rounding, 1 / sqrt(variance + eps)
     size,  # values a chunk column covers in all
     chunks,
     width,
@@ -123,20 +140,25 @@ def combine_kernel(
     partials_ptr += group.to(tl.int64) * entries
     count = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
+    low = tl.zeros([BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, entries, BLOCK):
         entry = start + tl.arange(0, BLOCK)
         mask = entry < entries
         new_count = tl.where(mask, tl.minimum(size - entry // width * CHUNK, CHUNK), 0).to(tl.float32)
-        delta = tl.where(mask, tl.load(partials_ptr + entry, mask, 0.0) - mean, 0.0)
+        new_mean = tl.load(partials_ptr + entry, mask, 0.0)
+        new_low = tl.load(partials_ptr + plane + entry, mask, 0.0)
+        delta = tl.where(mask, (new_mean - mean) + (new_low - low), 0.0)
         share = new_count / tl.maximum(count + new_count, 1.0)
-        squares += tl.load(partials_ptr + plane + entry, mask, 0.0) + delta * delta * count * share
-        mean += delta * share
+        squares += tl.load(partials_ptr + 2 * plane + entry, mask, 0.0) + delta * delta * count * share
+        mean, low = move_mean(mean, low, delta * share)
         count += new_count
-    group_mean, group_squares = merge_lanes(count, mean, squares, 0)
+    group_mean, group_low, group_squares = merge_lanes(count, mean, low, squares, 0)
     variance = group_squares / tl.sum(count, 0)
     tl.store(moments_ptr + group, group_mean)
-    tl.store(moments_ptr + tl.num_programs(0) + group, 1.0 / tl.sqrt(variance + eps))
+    groups = tl.num_programs(0)
+    tl.store(moments_ptr + groups + group, group_low)
+    tl.store(moments_ptr + 2 * groups + group, 1.0 / tl.sqrt(variance + eps))
 
 
 @triton.jit
@@ -144,7 +166,7 @@ def apply_nchw_kernel(
     x_ptr,  # (batch * groups, size)
     weight_ptr,  # (channels,), read if HAS_WEIGHT
     bias_ptr,  # (channels,), read if HAS_BIAS
-    moments_ptr,  # (2, batch * groups) float32
+    moments_ptr,  # (3, batch * groups) float32
     y_ptr,  # (batch * groups, size)
     size,
     pixels,
@@ -162,7 +184,8 @@ def apply_nchw_kernel(
     base = row.to(tl.int64) * size
     x = tl.load(x_ptr + base + offset, mask, 0.0).to(tl.float32)
     rows = tl.num_programs(0) // blocks
-    y = (x - tl.load(moments_ptr + row)) * tl.load(moments_ptr + rows + row)
+    centred = (x - tl.load(moments_ptr + row)) - tl.load(moments_ptr + rows + row)
+    y = centred * tl.load(moments_ptr + 2 * rows + row)
     channel = (row % groups) * (size // pixels) + offset // pixels
     if HAS_WEIGHT:
         y *= tl.load(weight_ptr + channel, mask, 0.0).to(tl.float32)
@@ -176,7 +199,7 @@ def apply_nhwc_kernel(
     x_ptr,  # (batch, pixels, channels)
     weight_ptr,  # (channels,), read if HAS_WEIGHT
     bias_ptr,  # (channels,), read if HAS_BIAS
-    moments_ptr,  # (2, batch * groups) float32
+    moments_ptr,  # (3, batch * groups) float32
     y_ptr,  # (batch, pixels, channels)
     pixels,
     channels,
@@ -202,8 +225,9 @@ def apply_nhwc_kernel(
     x = tl.load(x_ptr + base + offset, mask, 0.0).to(tl.float32)
     row = image * groups + channel // (channels // groups)
     mean = tl.load(moments_ptr + row, in_channels, 0.0)
-    inverse_std = tl.load(moments_ptr + rows + row, in_channels, 0.0)
-    y = (x - mean[None, :]) * inverse_std[None, :]
+    low = tl.load(moments_ptr + rows + row, in_channels, 0.0)
+    inverse_std = tl.load(moments_ptr + 2 * rows + row, in_channels, 0.0)
+    y = ((x - mean[None, :]) - low[None, :]) * inverse_std[None, :]
     if HAS_WEIGHT:
         y *= tl.load(weight_ptr + channel, in_channels, 0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
@@ -223,7 +247,7 @@ def group_norm_op(
     pixels = x.numel() // (batch * channels)
     rows = batch * num_groups
     group_channels = channels // num_groups
-    moments = torch.empty((2, rows), dtype=torch.float32, device=x.device)
+    moments = torch.empty((3, rows), dtype=torch.float32, device=x.device)
     affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
     weight = x if weight is None else weight.contiguous()
     bias = x if bias is None else bias.contiguous()
@@ -236,7 +260,7 @@ def group_norm_op(
         channel_blocks = triton.cdiv(channels, tile["BLOCK_CHANNELS"])
         pixel_blocks = triton.cdiv(pixels, tile["BLOCK_PIXELS"])
         plane = rows * chunks * group_channels
-        partials = torch.empty((2, plane), dtype=torch.float32, device=x.device)
+        partials = torch.empty((3, plane), dtype=torch.float32, device=x.device)
         wrap_triton(moments_nhwc_kernel)[(batch * chunks * channel_blocks,)](
             x, partials, pixels, channels, num_groups, chunks, channel_blocks, plane,
             CHUNK=chunk, num_warps=warps, **tile,
@@ -252,7 +276,7 @@ def group_norm_op(
     size, block = pixels * group_channels, config["BLOCK"]
     chunks = triton.cdiv(size, chunk)
     blocks = triton.cdiv(size, block)
-    partials = torch.empty((2, rows * chunks), dtype=torch.float32, device=x.device)
+    partials = torch.empty((3, rows * chunks), dtype=torch.float32, device=x.device)
     wrap_triton(moments_nchw_kernel)[(rows * chunks,)](
         x, partials, size, chunks, CHUNK=chunk, BLOCK=block, num_warps=warps
     )

@@ -1,5 +1,8 @@
 """The Triton kernels of ``guided_step``: one pass, or two where guidance is rescaled."""
 
+# Triton's kernels take pointers and scalars that have no Python type.
+# mypy: disable-error-code=no-untyped-def
+
 from __future__ import annotations
 
 import torch
