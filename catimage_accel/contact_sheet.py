@@ -75,7 +75,8 @@ def _text_height(prompt: Sequence[str], note: Sequence[str]) -> int:
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
     """``text`` in at most ``most`` lines of at most ``width`` pixels; a word too long for a line is broken."""
     lines: list[str] = []
-    for paragraph in text.splitlines():
+    # No letter is narrower than a pixel: what is beyond this many can't be seen, and would take long to measure.
+    for paragraph in text[: most * width].splitlines():
         line = ""
         for word in paragraph.split():
             joined = f"{line} {word}".strip()
@@ -85,8 +86,10 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
             if line:
                 lines.append(line)
             line = word
-            while font.getlength(line) > width:
-                fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+            while len(line) > 1 and font.getlength(line) > width and len(lines) <= most:
+                fits = 1
+                while font.getlength(line[: fits + 1]) <= width:
+                    fits += 1
                 lines.append(line[:fits])
                 line = line[fits:]
         if line:

@@ -1,0 +1,219 @@
+"""The catimage command: pictures and routes on disk, one line and exit code 2 for bad input, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from catimage_accel.cli import app
+from catimage_accel.cli.files import slug
+
+PROMPTS = ["a dog", "a crown, a castle and three bees"]
+
+
+def catimage(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "routes.jsonl").read_text().splitlines()]
+
+
+def test_generate_writes_pictures_and_routes(tiny_catalog: Path, tmp_path: Path) -> None:
+    done = catimage("generate", *PROMPTS, "--catalog", tiny_catalog, "--tradeoff", 0.05, "--seed", 7, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    found = sorted(rows(tmp_path), key=lambda row: row["index"])
+    assert [row["prompt"] for row in found] == PROMPTS
+    assert [row["seed"] for row in found] == [7, 8]
+    assert [row["candidate"] for row in found] == ["cheap-2", "dear-4"]
+    assert [row["file"] for row in found] == ["0000-a-dog.png", "0001-a-crown-a-castle-and-three-bees.png"]
+    assert all(set(row["predicted_quality"]) == {"cheap-2", "middle-3", "dear-4"} for row in found)
+    assert all(row["cost"] > 0 and row["milliseconds"] > 0 for row in found)
+    assert [Image.open(tmp_path / row["file"]).size for row in found] == [(64, 64)] * 2
+    assert "always dear-4" in done.stdout
+    assert "56%" in done.stdout  # (1 + 8) / 16
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_second_run_overwrites_nothing(tiny_catalog: Path, tmp_path: Path) -> None:
+    run = ["generate", "a dog", "--catalog", tiny_catalog, "--seed", 1, "--out", tmp_path, "--candidate", "cheap-2"]
+    assert catimage(*run).exit_code == 0
+    before = (tmp_path / "0000-a-dog.png").read_bytes()
+    with (tmp_path / "routes.jsonl").open("a") as file:
+        file.write('{"index": 1, "half a li')  # what a power cut may leave
+    assert catimage(*run, "--height", 32).exit_code == 0
+    assert (tmp_path / "0000-a-dog.png").read_bytes() == before
+    assert [row["file"] for row in rows(tmp_path)] == ["0000-a-dog.png", "0001-a-dog.png"]
+    assert Image.open(tmp_path / "0001-a-dog.png").size == (64, 32)
+
+
+def test_json_prints_the_rows_alone(tiny_catalog: Path, tmp_path: Path) -> None:
+    done = catimage("generate", *PROMPTS, "--catalog", tiny_catalog, "--budget", 8, "--out", tmp_path, "--json")
+    assert done.exit_code == 0
+    assert [json.loads(line) for line in done.stdout.splitlines()] == rows(tmp_path)
+
+
+def test_a_bad_line_in_a_file_is_reported_and_the_rest_drawn(tiny_catalog: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa dog\n\n".encode() + b"a \xff cat\r\n" + b"a \x07 bell\n" + "ein Löwe".encode())
+    out = tmp_path / "out"
+    done = catimage("generate", "--prompts", file, "--catalog", tiny_catalog, "--candidate", "cheap-2", "--out", out)
+    assert done.exit_code == 1
+    assert f"{file}:3:" in done.stderr
+    assert "not UTF-8" in done.stderr
+    assert f"{file}:4:" in done.stderr
+    assert sorted(row["prompt"] for row in rows(out)) == ["a dog", "ein Löwe"]
+    assert sorted(path.name for path in out.glob("*.png")) == ["0000-a-dog.png", "0001-ein-lowe.png"]
+
+
+def test_a_long_prompt_is_drawn_with_a_warning(tiny_catalog: Path, tmp_path: Path) -> None:
+    prompt = "a dog and " * 30
+    done = catimage("generate", prompt, "--catalog", tiny_catalog, "--candidate", "cheap-2", "--out", tmp_path)
+    assert done.exit_code == 0
+    assert "cut off" in done.stderr
+    assert len(rows(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        pytest.param("../../etc/passwd", "etc-passwd", id="path"),
+        pytest.param("日本語", "picture", id="no-latin-letter"),
+        pytest.param("con\\nul\0:a", "con-nul-a", id="reserved"),
+        pytest.param("x" * 300, "x" * 48, id="too-long-for-a-file-name"),
+    ],
+)
+def test_file_names_come_from_no_prompt_unchanged(prompt: str, name: str) -> None:
+    assert slug(prompt) == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        pytest.param(["--tradeoff", "nan", "a dog"], ["tradeoff is nan"], id="nan-tradeoff"),
+        pytest.param(["--tradeoff", "-1", "a dog"], ["tradeoff is -1.0", ">= 0"], id="negative-tradeoff"),
+        pytest.param(["--budget", "0.1", "a dog"], ["budget is 0.1", "cheap-2"], id="budget-under-the-cheapest"),
+        pytest.param(["--candidate", "best", "a dog"], ["'best'", "cheap-2"], id="unknown-candidate"),
+        pytest.param(["--height", "63", "a dog"], ["height is 63", "multiples of 4"], id="wrong-size"),
+        pytest.param(["--device", "tpu9", "a dog"], ["'tpu9'", "accepted"], id="unknown-device"),
+        pytest.param(["--prompts", "no-such.txt"], ["'no-such.txt'", "one prompt a line"], id="no-prompts-file"),
+        pytest.param(["--prompts", "/dev/null"], ["/dev/null"], id="not-a-regular-file"),
+        pytest.param([], ["no prompt"], id="no-prompt"),
+        pytest.param(["--catalog", "nothing", "a dog"], ["'nothing'", "'emoji'"], id="unknown-catalog"),
+        pytest.param(["--out", "/dev/null/out", "a dog"], ["'/dev/null/out'", "Not a directory"], id="unwritable-out"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tiny_catalog: Path, tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    catalog = [] if "--catalog" in arguments else ["--catalog", str(tiny_catalog)]
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    done = catimage("generate", *arguments, *catalog, *out)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if "loading" not in line and line.strip()]
+    for part in parts:
+        assert part in line
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_tampered_catalog_draws_nothing(tiny_catalog: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_catalog, tmp_path / "catalog")
+    with (folder / "costs.json").open("a") as file:
+        file.write("\n")
+    done = catimage("generate", "a dog", "--catalog", folder, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "costs.json" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_candidates_lists_costs_and_qualities(tiny_catalog: Path) -> None:
+    lines = catimage("candidates", "--catalog", tiny_catalog, "--json").stdout.splitlines()
+    listed = [json.loads(line) for line in lines]
+    assert [row["name"] for row in listed] == ["dear-4", "middle-3", "cheap-2"]
+    assert [row["gflop"] for row in listed] == [8.0, 3.0, 1.0]
+    assert listed[0]["quality"] == pytest.approx(0.3)
+    table = catimage("candidates", "--catalog", tiny_catalog)
+    assert table.exit_code == 0
+    assert "dpmsolver++" in table.stdout
+
+
+def test_demo_draws_its_prompts_and_a_contact_sheet(tiny_catalog: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        done = catimage("demo", "--catalog", tiny_catalog, "--out", tmp_path)
+        assert done.exit_code == 0, done.output
+        found = rows(tmp_path)
+        assert len(found) >= 16
+        assert len({row["prompt"] for row in found}) == len(found) == len(list(tmp_path.glob("0*.png")))
+    assert Image.open(tmp_path / "contact_sheet.png").width > 1000
+    assert "share of that cost" in done.stdout
+
+
+def test_ctrl_c_keeps_what_is_finished(tiny_catalog: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n" * 2000)
+    process = subprocess.Popen(
+        [
+            sys.executable, "-c", "from catimage_accel.cli import app; app()", "generate", "--candidate", "dear-4",
+            "--prompts", str(tmp_path / "prompts.txt"), "--catalog", str(tiny_catalog), "--out", str(tmp_path / "out"),
+        ],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    routes = tmp_path / "out" / "routes.jsonl"
+    deadline = time.monotonic() + 120
+    while not (routes.exists() and routes.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    kept = rows(tmp_path / "out")
+    assert 0 < len(kept) < 2000
+    assert sorted(row["file"] for row in kept) == sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert "dear-4" in stdout
+
+
+def test_profile_fit_and_eval_make_a_bare_catalog_usable(tiny_catalog: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_catalog, tmp_path / "catalog")
+    for name in ("costs.json", "quality.parquet"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "router")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a dog and {number} cats\n" for number in range(6)))
+    profiled = catimage("profile", folder, "--prompts", prompts, "--batch", 1, "--chunk", 4)
+    assert profiled.exit_code == 0, profiled.output
+    assert "18 scores added" in profiled.stderr
+    again = catimage("profile", folder, "--prompts", prompts, "--no-timing")
+    assert "0 scores added" in again.stderr
+    fitted = catimage("router", "fit", folder, "--features", "text-encoder")
+    assert fitted.exit_code == 0, fitted.output
+    judged = catimage("router", "eval", folder, "--folds", 3, "--json", "--plot", tmp_path / "curves.png")
+    assert json.loads(judged.stdout)["k-NN"]["prompts"] == 6
+    assert Image.open(tmp_path / "curves.png").width > 100
+    drawn = catimage("generate", "a dog", "--catalog", folder, "--out", tmp_path / "out")
+    assert drawn.exit_code == 0, drawn.output
+
+
+def test_eval_reads_any_table(tmp_path: Path) -> None:
+    table = tmp_path / "ratings.csv"
+    lines = [f"{i},a {'big ' * (i % 3)}dog,{name},{score + i % 3},{cost}"
+             for i in range(30) for name, score, cost in (("small", 1, 1), ("large", 2, 5))]  # fmt: skip
+    table.write_text("\n".join(["prompt_id,prompt,candidate,score,cost", *lines]))
+    done = catimage("router", "eval", "--table", table, "--folds", 3)
+    assert done.exit_code == 0, done.output
+    assert "best random mix" in done.stdout
+    assert catimage("router", "eval").exit_code == 2
+
+
+def test_the_zoo_is_mounted() -> None:
+    assert "train" in catimage("zoo", "--help").stdout
