@@ -13,16 +13,11 @@ Impl = Literal["reference", "triton"]
 IMPLS: tuple[Impl, ...] = ("reference", "triton")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-
 # Constants, not functions: torch.compile cannot trace a look into the environment.
 TRITON_INSTALLED = find_spec("triton") is not None  # CPU builds of torch come without it
-TRITON_INTERPRETS = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in (
-    "1",
-    "true",
-    "yes",
-    "on",
-    "y",
-)
+_TRUE = ("1", "true", "yes", "on", "y")
+# Triton's interpreter takes CPU tensors.
+TRITON_INTERPRETS = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE
 
 
 def choose_impl(impl: str | None, name: str, x: torch.Tensor, *others: torch.Tensor | None) -> Impl:

@@ -1,4 +1,4 @@
-"""``accelerate`` and ``restore`` on small random pipelines shaped like SD1.5, SD2.1 and SDXL."""
+"""``accelerate`` and ``restore`` on small random pipelines: SD1.x's and SD2.x's shape (v-prediction), and SDXL's."""
 
 from __future__ import annotations
 
@@ -188,6 +188,17 @@ def test_autocast_and_masks_go_torchs_way(sd: StableDiffusionPipeline) -> None:
     expected = call()
     accelerate(sd)
     torch.testing.assert_close(call(), expected, atol=2e-2, rtol=0)
+
+
+def test_compiles_whole(sd: StableDiffusionPipeline) -> None:
+    sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
+    with torch.no_grad():
+        expected = sd.unet(sample, 500, text).sample
+        accelerate(sd)
+        sd.unet = torch.compile(sd.unet, fullgraph=True, backend="eager")
+        torch.testing.assert_close(sd.unet(sample, 500, text).sample, expected, atol=1e-4, rtol=0)
+    restore(sd)
+    assert acceleration_report(sd).attention == ()
 
 
 def test_channels_last_survives(sd: StableDiffusionPipeline) -> None:

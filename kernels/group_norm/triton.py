@@ -3,8 +3,8 @@
 A group is cut into chunks, so that a few groups still fill the device: (1) the moments kernels write each chunk's mean
 and centred sum of squares, (2) ``combine_kernel`` merges them in a fixed order (Chan et al. 1983), (3) the apply
 kernels normalise. The cuts depend on the shape of one image only. Inside a chunk every lane runs Welford's update, so
-nothing is ever the difference of two large sums. A mean is kept as a float32 and the rounding it lost: where the mean is
-many standard deviations, its last bit is what the result's error comes from.
+nothing is ever the difference of two large sums. A mean is kept as a float32 and the rounding it lost: where the mean
+is many standard deviations, its last bit is what the result's error comes from.
 """
 
 # Triton's kernels take pointers and scalars that have no Python type.
