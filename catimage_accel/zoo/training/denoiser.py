@@ -6,11 +6,14 @@ is dropped, for classifier-free guidance.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -136,6 +139,15 @@ def train_denoiser(
 
 
 def _latents(cache: Path, vae: AutoencoderKL, scenes: int) -> torch.Tensor:
-    """Scaled latent means of the training scenes, bf16 (scenes, channels, 16, 16)."""
-    pictures = rendered(scenes, "train", cache)
-    return (encode(vae.to(torch.bfloat16), pictures) * vae.config.scaling_factor).to(torch.bfloat16)
+    """Scaled latent means of the training scenes, bf16 (scenes, channels, 16, 16); kept in ``cache``, by VAE."""
+    digest = hashlib.sha256()
+    for weight in vae.state_dict().values():
+        digest.update(weight.cpu().float().numpy().tobytes())
+    path = cache / f"latents-{scenes}-{digest.hexdigest()[:12]}.safetensors"
+    if not path.exists():
+        pictures = rendered(scenes, "train", cache)
+        latents = (encode(vae.to(torch.bfloat16), pictures) * vae.config.scaling_factor).to(torch.bfloat16)
+        partial = path.with_suffix(".partial")
+        save_file({"latents": latents}, partial)
+        os.replace(partial, path)
+    return load_file(path)["latents"]
