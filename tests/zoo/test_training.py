@@ -14,7 +14,7 @@ from catimage_accel.zoo.training.judge import patch_labels
 from catimage_accel.zoo.training.loop import TrainConfig, Trainer
 from catimage_accel.zoo.training.parts import train_part
 
-CONFIG = TrainConfig(steps=40, batch_size=8, learning_rate=0.05, warmup=1, checkpoint_every=10, log_every=5)
+CONFIG = TrainConfig(steps=40, batch_size=8, learning_rate=0.3, warmup=1, checkpoint_every=10, log_every=5)
 CPU = torch.device("cpu")
 
 

@@ -1,5 +1,8 @@
 """One training loop for every part of the zoo: bf16 compute, float32 weights, EMA, resume after a kill.
 
+Weight matrices, convolutions included, are trained by Muon (Jordan et al., 2024; scaled to AdamW's update
+size, arXiv 2502.16982), all else, embeddings too, by AdamW.
+
 A run is a function of its seed: the random numbers of step ``n`` come from ``(seed, n)`` alone, so a
 resumed run sees what an uninterrupted one would have seen.
 """
@@ -15,6 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -44,6 +48,8 @@ class TrainConfig:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup), max(0.0, fall))
 
 
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+
 LossFn = Callable[[int, torch.Generator], torch.Tensor]
 
 
@@ -58,13 +64,26 @@ class Trainer:
         self.config, self.folder, self.title = config, folder, title
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
-        self.master = [p.detach().to(device, torch.float32, copy=True) for _, p in named]
+        # convolutions are kept as matrices (out, in * height * width), the shape that Muon takes
+        self.master = [
+            (p.detach().flatten(1) if p.ndim > 2 else p.detach()).to(device, torch.float32, copy=True) for _, p in named
+        ]
         self.ema = [p.clone() for p in self.master]
         self.model = model.to(device, torch.bfloat16)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.master, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-        )
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        pairs = list(zip(self.master, self.parameters, strict=True))
+        matrices = [m for m, p in pairs if m.ndim == 2 and id(p) not in embeddings]
+        chosen = {id(m) for m in matrices}
+        rest = [m for m in self.master if id(m) not in chosen]
+        decay = config.weight_decay
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+        ]
+        if matrices:
+            self.optimizers.append(
+                torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            )
         self.step = 0
         self.seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,49 +124,48 @@ class Trainer:
     def _one_step(self, loss: torch.Tensor) -> torch.Tensor:
         loss.backward()
         for master, p in zip(self.master, self.parameters, strict=True):
-            master.grad = p.grad.float() if p.grad is not None else torch.zeros_like(master)
+            master.grad = p.grad.float().view_as(master) if p.grad is not None else torch.zeros_like(master)
             p.grad = None
         nn.utils.clip_grad_norm_(self.master, self.config.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate(self.step)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.rate(self.step)
+            optimizer.step()
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, self.master, 1 - decay)
-            torch._foreach_copy_(self.parameters, self.master)
+            for master, p in zip(self.master, self.parameters, strict=True):
+                p.copy_(master.view_as(p))
         return loss.detach().float()
 
     def ema_state(self) -> dict[str, torch.Tensor]:
         """The averaged weights by parameter name, float32 on the CPU."""
-        return {name: value.cpu() for name, value in zip(self.names, self.ema, strict=True)}
+        averaged = zip(self.names, self.ema, self.parameters, strict=True)
+        return {name: value.view_as(p).cpu() for name, value, p in averaged}
 
     def _save(self) -> None:
         tensors: dict[str, torch.Tensor] = {}
         for name, master, ema in zip(self.names, self.master, self.ema, strict=True):
-            state = self.optimizer.state.get(master, {})
             tensors[f"master.{name}"], tensors[f"ema.{name}"] = master.detach(), ema
-            if state:
-                tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = state["exp_avg"], state["exp_avg_sq"]
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(master, {}).items():
+                    tensors[f"{key}.{name}"] = value
         metadata = {"step": str(self.step), "seconds": str(self.seconds), "config": json.dumps(asdict(self.config))}
         partial = self.checkpoint.with_suffix(".partial")
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
         os.replace(partial, self.checkpoint)
 
     def _load(self) -> None:
-        from safetensors import safe_open
-
         tensors = load_file(self.checkpoint)
         with safe_open(self.checkpoint, "pt") as stream:
             metadata = stream.metadata()
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+        owner = {id(p): o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         with torch.no_grad():
             for name, master, ema, p in zip(self.names, self.master, self.ema, self.parameters, strict=True):
-                master.copy_(tensors[f"master.{name}"])
-                ema.copy_(tensors[f"ema.{name}"])
-                p.copy_(master)
-                if f"exp_avg.{name}" in tensors:
-                    self.optimizer.state[master] = {
-                        "step": torch.tensor(float(self.step), device=master.device),
-                        "exp_avg": tensors[f"exp_avg.{name}"].to(master.device),
-                        "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master.device),
-                    }
+                master.copy_(tensors[f"master.{name}"].view_as(master))
+                ema.copy_(tensors[f"ema.{name}"].view_as(ema))
+                p.copy_(master.view_as(p))
+                state = {key: tensors[f"{key}.{name}"] for key in OPTIMIZER_STATE if f"{key}.{name}" in tensors}
+                if state:
+                    owner[id(master)].state[master] = {key: value.to(master.device) for key, value in state.items()}
