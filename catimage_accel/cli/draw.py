@@ -129,6 +129,7 @@ class _Run:
             bar = progress.add_task(f"0 of {len(self.texts)} pictures", total=self._total_steps)
             self._advance = lambda: progress.advance(bar)
             try:
+                self.out.begin()
                 for drawn in self._stream:
                     if drawn.error is not None:
                         failed += 1
@@ -138,9 +139,10 @@ class _Run:
                     on_row(self.out.add(drawn.index, drawn.image, drawn.route))
                     self.drawn[drawn.index] = (drawn.image, drawn.route)
                     progress.update(bar, description=f"{len(self.drawn)} of {len(self.texts)} pictures")
-            except KeyboardInterrupt:
-                say(f"interrupted; {len(self.drawn)} of {len(self.texts)} pictures are kept in {self.out.folder}")
-                return INTERRUPTED
+            except (KeyboardInterrupt, OSError) as error:
+                reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+                say(f"{reason}; {len(self.drawn)} of {len(self.texts)} pictures are kept in {self.out.folder}")
+                return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
         return 1 if failed else 0
 
     def write_contact_sheet(self, columns: int) -> Path:

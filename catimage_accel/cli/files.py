@@ -58,13 +58,11 @@ class OutFolder:
 
     def __init__(self, folder: Path, *, fresh: bool = False) -> None:
         self.folder = folder
+        self._fresh = fresh
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / ".writable", b"")
             (folder / ".writable").unlink()
-            routes = self.routes_path.read_bytes() if self.routes_path.exists() and not fresh else b""
-            if fresh or (routes and not routes.endswith(b"\n")):
-                write_atomic(self.routes_path, routes.rpartition(b"\n")[0] + b"\n" if b"\n" in routes else b"")
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise ValueError(
@@ -72,6 +70,13 @@ class OutFolder:
             ) from None
         numbers = [int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
         self.first = 0 if fresh else max(numbers, default=-1) + 1
+
+    def begin(self) -> None:
+        """Readies routes.jsonl: emptied for a fresh run, else rid of the half line that a power cut may have left."""
+        routes = self.routes_path.read_bytes() if self.routes_path.exists() else b""
+        kept = b"" if self._fresh else routes[: routes.rfind(b"\n") + 1]
+        if kept != routes:
+            write_atomic(self.routes_path, kept)
 
     @property
     def routes_path(self) -> Path:
