@@ -37,7 +37,7 @@ def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
     The tokenizers library's trainer breaks ties by the order of a hash map, so that no two runs agree.
     """
     split = {word: [*word[:-1], word[-1] + WORD_END] for word in sorted(words)}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in split.items():
