@@ -64,7 +64,7 @@ def prompts(
     start: Annotated[int, typer.Option(min=0, help="Skip this many first; other captions, same distribution.")] = 0,
 ) -> None:
     """Write captions whose noun combinations were never trained on."""
-    from catimage_accel.zoo.measure import held_out_captions
+    from catimage_accel.zoo.training.data import held_out_captions
 
     out.write_text("".join(text + "\n" for _, text in held_out_captions(number, start)), encoding="utf-8")
 

@@ -14,24 +14,14 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from rich.progress import track
 from transformers import CLIPModel, CLIPTokenizer
 
-from catimage_accel.zoo.captions import caption
 from catimage_accel.zoo.render import render
 from catimage_accel.zoo.scenes import SceneSpec
 from catimage_accel.zoo.training.autoencoder import psnr, to_pixels
-from catimage_accel.zoo.training.data import scene, spec
+from catimage_accel.zoo.training.data import FIRST_MEASURED, held_out_captions, scene
 from catimage_accel.zoo.training.judge import choice_accuracy
 
-FIRST_MEASURED = 10_000  # test captions below this index are for profiling and for fitting routers
 GUIDANCE_SCALE = 4.0
 BATCH = 25
-
-
-def held_out_captions(number: int, start: int = 0) -> list[tuple[SceneSpec, str]]:
-    """Test meanings ``start`` to ``start + number`` with one wording each."""
-    return [
-        (spec(index, "test"), caption(spec(index, "test"), np.random.default_rng((3, index))))
-        for index in range(start, start + number)
-    ]
 
 
 def measure_zoo(catalog: Path, number: int = 500) -> dict[str, Any]:

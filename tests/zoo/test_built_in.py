@@ -14,9 +14,8 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from catimage_accel import Catalog, RoutedPipeline
-from catimage_accel.zoo.measure import FIRST_MEASURED, held_out_captions
 from catimage_accel.zoo.render import render
-from catimage_accel.zoo.training.data import scene
+from catimage_accel.zoo.training.data import FIRST_MEASURED, held_out_captions, scene
 from catimage_accel.zoo.training.judge import choice_accuracy
 
 MEBIBYTE = 2**20

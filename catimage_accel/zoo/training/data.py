@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from catimage_accel.zoo.captions import caption
 from catimage_accel.zoo.render import render
 from catimage_accel.zoo.scenes import IMAGE_SIZE, Scene, SceneSpec, Split, draw_spec, lay_out
 
 CHUNK = 500
+FIRST_MEASURED = 10_000  # test captions below this index are for profiling and for fitting routers
 SPLIT_SEED: dict[Split, int] = {"train": 1, "test": 2}
 
 
@@ -25,6 +27,14 @@ def scene(index: int, split: Split) -> Scene:
 def spec(index: int, split: Split) -> SceneSpec:
     """The meaning of scene ``index``, without its layout."""
     return draw_spec(np.random.default_rng((SPLIT_SEED[split], index)), split)
+
+
+def held_out_captions(number: int, start: int = 0) -> list[tuple[SceneSpec, str]]:
+    """Test meanings ``start`` to ``start + number`` with one wording each."""
+    return [
+        (spec(index, "test"), caption(spec(index, "test"), np.random.default_rng((3, index))))
+        for index in range(start, start + number)
+    ]
 
 
 def _render_chunk(arguments: tuple[int, int, Split]) -> np.ndarray:

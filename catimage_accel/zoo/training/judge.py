@@ -25,9 +25,9 @@ from catimage_accel.zoo.training.loop import TrainConfig, Trainer
 
 PATCH = 8
 WIDTH = 192
-NEAR_MISSES = 5
+NEAR_MISSES = 4
 PATCH_LOSS_WEIGHT = 0.5
-DEFAULTS = TrainConfig(steps=2400, batch_size=96, learning_rate=1e-3, warmup=200, weight_decay=0.05, ema_decay=0.995)
+DEFAULTS = TrainConfig(steps=2400, batch_size=96, learning_rate=1.5e-3, warmup=150, weight_decay=0.05, ema_decay=0.995)
 
 
 def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -78,7 +78,7 @@ def train_judge(
         words = np.random.default_rng((config.seed + 77, step))
         groups = [[layouts[i].spec, *near_misses(layouts[i].spec, NEAR_MISSES, words)] for i in index.tolist()]
         captions = [caption(said, words) for group in groups for said in group]
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(device)
+        tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(device)
         vision = model.clip.vision_model(to_pixels(pictures[index.numpy()], device))
         image = F.normalize(model.clip.visual_projection(vision.pooler_output).float(), dim=-1)
         encoded = model.clip.text_model(tokens.input_ids).pooler_output
@@ -116,7 +116,7 @@ def choice_accuracy(
     right = np.zeros(len(pictures), bool)
     for i, said in enumerate(specs):
         captions = [caption(other, rng) for other in (said, *near_misses(said, misses, rng))]
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(clip.device)
+        tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(clip.device)
         pixels = to_pixels(pictures[i : i + 1], clip.device).to(clip.dtype)
         image = F.normalize(clip.visual_projection(clip.vision_model(pixels).pooler_output), dim=-1)
         text = F.normalize(clip.text_projection(clip.text_model(tokens.input_ids).pooler_output), dim=-1)
