@@ -37,6 +37,8 @@ def model_card(training: dict[str, Any], figures: dict[str, Any]) -> str:
         )
     lines += ["", "Each is made by `catimage zoo train PART`, in the order tokenizer, autoencoder, teacher, small,",
               "judge. Loss curves: `loss.jsonl` in the part's work folder.\n"]  # fmt: skip
+    lines += [f"- {part}: {run['notes']}." for part, run in training.items() if "notes" in run]
+    lines.append("")
     goals = {"rendered scenes": "95%", "teacher, DDIM, 50 steps": "80%"}
     number = figures["captions"]
     lines += [f"## Figures, {number} held-out captions\n",
