@@ -36,7 +36,7 @@ def model_card(training: dict[str, Any], figures: dict[str, Any]) -> str:
             f"{run['final_loss']:.4f} | {run['device']} ({run['platform']}) | {run['torch']} |"
         )
     lines += ["", "Each is made by `catimage zoo train PART`, in the order tokenizer, autoencoder, teacher, small,",
-              "judge. Loss curves: `loss.jsonl` in the part's work folder.\n"]  # fmt: skip
+              "judge, with `--steps` as in the table. Loss curves: `loss.jsonl` in the part's work folder.\n"]  # fmt: skip
     lines += [f"- {part}: {run['notes']}." for part, run in training.items() if "notes" in run]
     lines.append("")
     goals = {"rendered scenes": "95%", "teacher, DDIM, 50 steps": "80%"}
