@@ -24,6 +24,11 @@ of all training; every figure below is on held-out meanings.
 `judge/` is a CLIP trained separately on rendered scenes; no picture is conditioned on it.
 """
 
+_COMMANDS = """\
+Each is made by `catimage zoo train PART`, in the order tokenizer, autoencoder, teacher, small, judge, with
+`--steps` as in the table. Loss curves: `loss.jsonl` in the part's work folder.
+"""
+
 
 def model_card(training: dict[str, Any], figures: dict[str, Any]) -> str:
     """Markdown, from ``training.json`` and the figures of ``catimage zoo measure``."""
@@ -35,8 +40,7 @@ def model_card(training: dict[str, Any], figures: dict[str, Any]) -> str:
             f"| {part} | {config['steps']} | {config['batch_size']} | {run['seconds'] / 60:.0f} | "
             f"{run['final_loss']:.4f} | {run['device']} ({run['platform']}) | {run['torch']} |"
         )
-    lines += ["", "Each is made by `catimage zoo train PART`, in the order tokenizer, autoencoder, teacher, small,",
-              "judge, with `--steps` as in the table. Loss curves: `loss.jsonl` in the part's work folder.\n"]  # fmt: skip
+    lines += ["", _COMMANDS]
     lines += [f"- {part}: {run['notes']}." for part, run in training.items() if "notes" in run]
     lines.append("")
     goals = {"rendered scenes": "95%", "teacher, DDIM, 50 steps": "80%"}
