@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PRECISIONS", "check_model_folder", "check_precision", "load_component"]
+__all__ = ["PRECISIONS", "check_model_folder", "check_precision", "load_component", "read_config"]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,7 +38,7 @@ def check_model_folder(model: Path, unet: str = "unet") -> None:
     if not (model / "tokenizer").is_dir():
         raise FileNotFoundError(f"{model / 'tokenizer'} is missing; a diffusers model folder has one")
     for part, classes in {**_CLASSES, unet: _UNET_CLASSES}.items():
-        config = _read_config(model / part)
+        config = read_config(model / part / "config.json")
         found = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
         if found not in classes:
             raise ValueError(f"{model / part / 'config.json'}: the class is {found!r}; accepted: {', '.join(classes)}")
@@ -60,8 +60,8 @@ def load_component(kind: Any, model: Path, part: str, dtype: torch.dtype) -> Any
     return component.eval().requires_grad_(False)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in one of a model folder's JSON files; FileNotFoundError or ValueError naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; accepted: a diffusers model folder with that part")
     try:

@@ -15,13 +15,14 @@ call. Here they are kept divided, so that a sample is the UNet's input for every
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from catimage_accel.engines.loading import read_config
 
 __all__ = ["SAMPLERS", "SamplerTable", "read_scheduler_config", "sampler_table"]
 
@@ -54,15 +55,7 @@ def read_scheduler_config(model: Path) -> dict[str, Any]:
     That pipeline corrects configs of its early days when it is made: ``steps_offset`` becomes 1 and ``clip_sample``
     False. Raises FileNotFoundError or ValueError naming the file.
     """
-    path = model / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a diffusers model folder has one")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}; accepted: an object")
+    config = read_config(model / "scheduler" / "scheduler_config.json")
     if "steps_offset" in config:
         config["steps_offset"] = 1
     config["clip_sample"] = False
