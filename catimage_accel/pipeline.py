@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from catimage_accel.arguments import check_budget, check_prompts, check_tradeoff, find_device, generators_for, is_whole
 from catimage_accel.catalog import BUILT_IN, Candidate, Catalog
+from catimage_accel.engines.loading import read_config
 from catimage_accel.executor import Executor, Finished, Job, Step
 
 if TYPE_CHECKING:
@@ -285,8 +285,8 @@ class RoutedPipeline:
     def _latent_shape(self, candidate: Candidate, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(channels, h, w) of a candidate's latents for an image size in pixels."""
         model = self.catalog.resolve_model(candidate.model)
-        unet = json.loads((model / candidate.unet / "config.json").read_text(encoding="utf-8"))
-        vae = json.loads((model / "vae" / "config.json").read_text(encoding="utf-8"))
+        unet = read_config(model / candidate.unet / "config.json")
+        vae = read_config(model / "vae" / "config.json")
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         sample = unet["sample_size"]
         sides = []

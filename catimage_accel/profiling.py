@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from catimage_accel.catalog import Candidate, Catalog
+from catimage_accel.engines.loading import read_config
 from catimage_accel.executor import Executor, Job
 
 BATCH_SIZES = (1, 4, 16)
@@ -65,10 +65,6 @@ def _count(module: Any, *inputs: Any, **named: Any) -> FlopCounterMode:
     return counter
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
 def _text_flops(model: Path) -> int:
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -82,7 +78,7 @@ def _text_flops(model: Path) -> int:
 def _decode_flops(model: Path) -> int:
     from diffusers import AutoencoderKL
 
-    side = _config(model / "unet")["sample_size"]
+    side = read_config(model / "unet" / "config.json")["sample_size"]
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(model / "vae")).eval()
         latents = torch.zeros(1, vae.config.latent_channels, *((side, side) if isinstance(side, int) else side))
@@ -93,8 +89,8 @@ def _unet_flops(model: Path, name: str) -> tuple[int, int, int]:
     """(once a prompt, a step, a step between two refreshes of DeepCache's deep features) of one UNet row."""
     from diffusers import UNet2DConditionModel
 
-    config = _config(model / name)
-    tokens = _config(model / "text_encoder")["max_position_embeddings"]
+    config = read_config(model / name / "config.json")
+    tokens = read_config(model / "text_encoder" / "config.json")["max_position_embeddings"]
     side = config["sample_size"]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model / name)).eval()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 
 from catimage_accel.cli import app
 from catimage_accel.cli.files import slug
+from catimage_accel.engines.eager import EagerEngine
+from catimage_accel.engines.protocol import TextState
 
 PROMPTS = ["a dog", "a crown, a castle and three bees"]
 
@@ -74,6 +77,26 @@ def test_a_bad_line_in_a_file_is_reported_and_the_rest_drawn(tiny_catalog: Path,
     assert f"{file}:4:" in done.stderr
     assert sorted(row["prompt"] for row in rows(out)) == ["a dog", "ein Löwe"]
     assert sorted(path.name for path in out.glob("*.png")) == ["0000-a-dog.png", "0001-ein-lowe.png"]
+
+
+def test_a_prompt_that_fails_under_way_loses_no_other(
+    tiny_catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = EagerEngine.encode_prompts
+
+    def encode_but_castles(self: EagerEngine, prompts: Sequence[str]) -> list[TextState]:
+        if any("castle" in prompt for prompt in prompts):
+            raise RuntimeError("no castles")
+        return encode(self, prompts)
+
+    monkeypatch.setattr(EagerEngine, "encode_prompts", encode_but_castles)
+    done = catimage("generate", *PROMPTS, "a bee", "--catalog", tiny_catalog, "--out", tmp_path)
+    assert done.exit_code == 1
+    assert "prompt 2, 'a crown, a castle and three bees', was not drawn: RuntimeError: no castles" in " ".join(
+        done.stderr.split()
+    )
+    assert sorted(row["prompt"] for row in rows(tmp_path)) == ["a bee", "a dog"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["0000-a-dog.png", "0002-a-bee.png"]
 
 
 def test_a_long_prompt_is_drawn_with_a_warning(tiny_catalog: Path, tmp_path: Path) -> None:

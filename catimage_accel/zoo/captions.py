@@ -42,11 +42,20 @@ def _group(noun: str, count: int) -> str:
     return f"{article(noun)} {noun}" if count == 1 else f"{NUMBER_WORDS[count]} {plural(noun)}"
 
 
-def near_misses(spec: SceneSpec, number: int, rng: np.random.Generator) -> list[SceneSpec]:
-    """``number`` different specs, each with one noun, count, relation or the background changed."""
+def near_misses(
+    spec: SceneSpec,
+    number: int,
+    rng: np.random.Generator,
+    odds: tuple[float, float, float, float] = (0.25, 0.25, 0.25, 0.25),
+) -> list[SceneSpec]:
+    """``number`` different specs, each with one noun, count, relation or the background changed.
+
+    ``odds`` are those four changes' chances; one that ``spec`` doesn't allow is drawn again.
+    """
+    changes = (_change_noun, _change_count, _change_relation, _change_background)
     found: dict[SceneSpec, None] = {}
     while len(found) < number:
-        change = (_change_noun, _change_count, _change_relation, _change_background)[rng.integers(4)]
+        change = changes[rng.choice(4, p=odds)]
         changed = change(spec, rng)
         if changed is not None:
             found[changed] = None

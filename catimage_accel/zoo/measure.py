@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from rich.progress import track
-from transformers import CLIPModel, CLIPTokenizer
 
+from catimage_accel.quality import CLIPScore, caption_accuracy
+from catimage_accel.zoo.captions import caption, near_misses
 from catimage_accel.zoo.render import render
 from catimage_accel.zoo.scenes import SceneSpec
-from catimage_accel.zoo.training.autoencoder import psnr, to_pixels
+from catimage_accel.zoo.training.autoencoder import psnr
 from catimage_accel.zoo.training.data import FIRST_MEASURED, held_out_captions, scene
-from catimage_accel.zoo.training.judge import choice_accuracy
 
 GUIDANCE_SCALE = 4.0
 BATCH = 25
@@ -31,22 +31,31 @@ def measure_zoo(catalog: Path, number: int = 500) -> dict[str, Any]:
     scenes = np.stack([render(scene(FIRST_MEASURED + i, "test")) for i in range(number)])
     pipeline = StableDiffusionPipeline.from_pretrained(catalog / "model")
     pipeline.set_progress_bar_config(disable=True)
-    clip = CLIPModel.from_pretrained(catalog / "judge").eval()
-    tokenizer = CLIPTokenizer.from_pretrained(catalog / "judge")
+    judge = CLIPScore(catalog / "judge")
+    captions = [text for _, text in said]
+    misses = near_miss_captions(specs)
     figures: dict[str, Any] = {
         "captions": number,
         "decoder_psnr_db": round(psnr(pipeline.vae, scenes), 2),
-        "judge_accuracy_among_16": {
-            "rendered scenes": _share(choice_accuracy(clip, tokenizer, scenes, specs)),
-        },
-        "judge_clip_score": {"rendered scenes": _by_objects(clip_scores(clip, tokenizer, scenes, said), specs)},
+        "judge_accuracy_among_16": {},
+        "judge_clip_score": {},
     }
+
+    def mark(name: str, pictures: np.ndarray) -> None:
+        accuracy = caption_accuracy(judge, list(pictures), captions, misses)
+        figures["judge_accuracy_among_16"][name] = _share(accuracy, number)
+        figures["judge_clip_score"][name] = _by_objects(judge.score(list(pictures), captions), specs)
+
+    mark("rendered scenes", scenes)
     for steps in (50, 8, 4):
-        pictures = draw(pipeline, [text for _, text in said], steps)
-        name = f"teacher, DDIM, {steps} steps"
-        figures["judge_accuracy_among_16"][name] = _share(choice_accuracy(clip, tokenizer, pictures, specs))
-        figures["judge_clip_score"][name] = _by_objects(clip_scores(clip, tokenizer, pictures, said), specs)
+        mark(f"teacher, DDIM, {steps} steps", draw(pipeline, captions, steps))
     return figures
+
+
+def near_miss_captions(specs: list[SceneSpec], number: int = 15) -> list[list[str]]:
+    """For each meaning ``number`` captions that say almost the same."""
+    words = np.random.default_rng(0)
+    return [[caption(miss, words) for miss in near_misses(spec, number, words)] for spec in specs]
 
 
 @torch.inference_mode()
@@ -64,20 +73,8 @@ def draw(pipeline: StableDiffusionPipeline, captions: list[str], steps: int) -> 
     return np.concatenate(parts)
 
 
-@torch.inference_mode()
-def clip_scores(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, pictures: np.ndarray, said: list[tuple[SceneSpec, str]]
-) -> np.ndarray:
-    """max(cosine, 0) of each picture and its caption: float (n,)."""
-    tokens = tokenizer([text for _, text in said], padding="max_length", truncation=True, return_tensors="pt")
-    image = clip.visual_projection(clip.vision_model(to_pixels(pictures, clip.device).to(clip.dtype)).pooler_output)
-    text = clip.text_projection(clip.text_model(tokens.input_ids).pooler_output)
-    return torch.cosine_similarity(image, text).clamp(min=0).numpy()
-
-
-def _share(right: np.ndarray) -> dict[str, float]:
-    share = float(right.mean())
-    return {"share": round(share, 3), "standard_error": round((share * (1 - share) / len(right)) ** 0.5, 3)}
+def _share(share: float, number: int) -> dict[str, float]:
+    return {"share": round(share, 3), "standard_error": round((share * (1 - share) / number) ** 0.5, 3)}
 
 
 def _by_objects(scores: np.ndarray, specs: list[SceneSpec]) -> dict[str, float]:

@@ -8,6 +8,7 @@ rotation and mirroring, the background's exact shade and texture. ``draw_spec`` 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from typing import Literal
@@ -102,6 +103,14 @@ class Variety:
     mirror_probability: float = 0.5
     textured_share: float = 0.7
     shade: int = 8
+
+
+def mirrored_spec(spec: SceneSpec) -> SceneSpec:
+    """What ``spec``'s pictures show when they are mirrored left to right."""
+    swapped: dict[Relation, Relation] = {"left": "right", "right": "left"}
+    if spec.relation not in swapped:
+        return spec
+    return dataclasses.replace(spec, relation=swapped[spec.relation])
 
 
 KIND_WEIGHTS = {

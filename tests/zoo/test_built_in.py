@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import CLIPModel, CLIPTokenizer
 
 from catimage_accel import Catalog, RoutedPipeline
+from catimage_accel.quality import CLIPScore, caption_accuracy
+from catimage_accel.zoo.measure import near_miss_captions
 from catimage_accel.zoo.render import render
 from catimage_accel.zoo.training.data import FIRST_MEASURED, held_out_captions, scene
-from catimage_accel.zoo.training.judge import choice_accuracy
 
 MEBIBYTE = 2**20
 
@@ -79,13 +79,13 @@ assert not [name for name in sys.modules if name.startswith("catimage_accel")]
 
 
 def test_judge_tells_rendered_scenes_from_near_misses(catalog):
-    clip = CLIPModel.from_pretrained(catalog.judge_folder)
-    tokenizer = CLIPTokenizer.from_pretrained(catalog.judge_folder)
-    specs = [meaning for meaning, _ in held_out_captions(60, FIRST_MEASURED)]
-    pictures = np.stack([render(scene(FIRST_MEASURED + index, "test")) for index in range(60)])
+    said = held_out_captions(60, FIRST_MEASURED)
+    pictures = [render(scene(FIRST_MEASURED + index, "test")) for index in range(60)]
     figures = json.loads((catalog.folder / "figures.json").read_text())
     stated = figures["judge_accuracy_among_16"]["rendered scenes"]["share"]
-    right = choice_accuracy(clip, tokenizer, pictures, specs).mean()
+    judge = CLIPScore(catalog.judge_folder)
+    misses = near_miss_captions([meaning for meaning, _ in said])
+    right = caption_accuracy(judge, pictures, [text for _, text in said], misses)
     # 60 of the 500 scenes behind the stated share: within three standard errors of it, and far above 1 in 16
     assert abs(right - stated) < 3 * (stated * (1 - stated) / 60) ** 0.5 + 0.02
     assert right > 0.3

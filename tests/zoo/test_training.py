@@ -58,7 +58,7 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 def test_patch_labels_mark_the_object_where_it_is():
     scene = lay_out(SceneSpec((("dog", 1),), "pink"), np.random.default_rng(0))
-    labels = patch_labels(scene).reshape(8, 8)
+    labels = patch_labels(scene)
     placed = scene.objects[0]
     assert labels[int(placed.y // 8), int(placed.x // 8)] == 0
     assert (labels == 108).sum() > 20

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from catimage_accel.zoo.captions import caption
 from catimage_accel.zoo.training.autoencoder import encode
 from catimage_accel.zoo.training.data import rendered, spec
-from catimage_accel.zoo.training.loop import TrainConfig, Trainer
+from catimage_accel.zoo.training.loop import TRAINING_ATTENTION, TrainConfig, Trainer
 
 TEXT_WIDTH = 192
 CAPTION_DROPOUT = 0.1
@@ -113,6 +114,8 @@ def train_denoiser(
     specs = [spec(index, "train") for index in range(scenes)]
     alphas = new_scheduler().alphas_cumprod
     model = TextToLatent(text_encoder, unet)
+    text_encoder.set_attn_implementation(TRAINING_ATTENTION)
+    unet.set_attn_processor(AttnProcessor())
     text_encoder.requires_grad_(train_text)
     trainer = Trainer(model, config, folder, device, folder.name)
 

@@ -48,6 +48,8 @@ class TrainConfig:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup), max(0.0, fall))
 
 
+# Plain matrix products: at these lengths the backward pass of torch's fused attention is several times slower on a CPU.
+TRAINING_ATTENTION = "eager"
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 LossFn = Callable[[int, torch.Generator], torch.Tensor]

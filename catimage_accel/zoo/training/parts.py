@@ -29,6 +29,7 @@ DEFAULTS: dict[str, TrainConfig] = {
     "judge": judge.DEFAULTS,
 }
 PARTS = ("tokenizer", *DEFAULTS)
+CURVE_POINTS = 50
 
 
 def train_part(part: str, work: Path, device: torch.device, steps: int | None = None) -> None:
@@ -125,8 +126,12 @@ def write_image_processor(folder: Path) -> None:
 
 
 def _write_run(folder: Path, config: TrainConfig, device: torch.device) -> None:
-    """What the model card says of a run: settings, machine, versions, seconds."""
-    last = json.loads((folder / "loss.jsonl").read_text().splitlines()[-1])
+    """What the model card says of a run: settings, machine, versions, seconds, the loss curve at 50 points."""
+    logged = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    last = logged[-1]
+    # a killed run logs the steps since its checkpoint twice: the later of two lines counts
+    losses = list({row["step"]: row["loss"] for row in logged if row["step"] <= last["step"]}.items())
+    stride = -(-len(losses) // CURVE_POINTS)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     run = {
         "config": dataclasses.asdict(config),
@@ -135,6 +140,7 @@ def _write_run(folder: Path, config: TrainConfig, device: torch.device) -> None:
         "torch": torch.__version__,
         "seconds": last["seconds"],
         "final_loss": last["loss"],
+        "loss_curve": losses[stride - 1 :: stride],
     }
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
