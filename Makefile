@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint device-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/catimage demo --out $(OUT)
@@ -16,9 +16,17 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+test-gpu: $(VENV)/installed-dev
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+# Takes the torch and triton that are there; nothing needs to be installed.
+device-check:
+	$(PYTHON) bench/device_check.py
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy kernels
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed (Debian: apt install python3-venv), or PYTHON=..." >&2; exit 2; }

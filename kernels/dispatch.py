@@ -9,9 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-Impl = Literal["reference", "triton"]
-IMPLS: tuple[Impl, ...] = ("reference", "triton")
+from catimage_accel.kernels import cuda
+from catimage_accel.kernels.tuning.impl import measured_impl
+
+Impl = Literal["reference", "triton", "cuda"]
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CUDA_DTYPES = TRITON_DTYPES
 
 # Constants, not functions: torch.compile cannot trace a look into the environment.
 TRITON_INSTALLED = find_spec("triton") is not None  # CPU builds of torch come without it
@@ -20,22 +23,26 @@ _TRUE = ("1", "true", "yes", "on", "y")
 TRITON_INTERPRETS = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE
 
 
-def choose_impl(impl: str | None, name: str, x: torch.Tensor, *others: torch.Tensor | None) -> Impl:
+def choose_impl(
+    impl: str | None, name: str, x: torch.Tensor, *others: torch.Tensor | None, op: str | None = None
+) -> Impl:
     """The implementation to run on validated arguments.
 
     Args:
-        impl: What the caller asked for; ``None`` is the best available: triton on CUDA tensors of a dtype it takes,
-            else the reference.
+        impl: What the caller asked for; ``None`` is the best available: on CUDA tensors of a dtype it takes cuda where
+            that was measured to be the fastest, else triton; on others the reference.
         name: Name of the argument ``x``, for messages.
         x: The argument whose device and dtype decide.
         others: The op's other tensors. If any of them or ``x`` needs a gradient the reference runs whatever ``impl``
             says, as only torch's own ops are differentiable.
+        op: Name of the op, where it has CUDA kernels too.
 
     Raises:
-        ValueError: ``impl`` is unknown, or it is "triton" and triton is missing or takes no such device or dtype.
+        ValueError: ``impl`` is unknown, or is missing here, or takes no such device or dtype.
     """
-    if impl is not None and impl not in IMPLS:
-        raise ValueError(f"impl is {impl!r}; accepted: {', '.join(map(repr, IMPLS))} or None (best available)")
+    impls = ("reference", "triton") if op is None else ("reference", "triton", "cuda")
+    if impl is not None and impl not in impls:
+        raise ValueError(f"impl is {impl!r}; accepted: {', '.join(map(repr, impls))} or None (best available)")
     if impl == "triton":
         if not TRITON_INSTALLED:
             raise ValueError("impl is 'triton', but triton is not installed: pip install catimage-accel[triton]")
@@ -43,10 +50,21 @@ def choose_impl(impl: str | None, name: str, x: torch.Tensor, *others: torch.Ten
             raise ValueError(f"{name} has dtype {x.dtype}; impl 'triton' accepts {', '.join(map(str, TRITON_DTYPES))}")
         if not x.is_cuda and not TRITON_INTERPRETS:
             raise ValueError(f"{name} is on {x.device}; impl 'triton' accepts CUDA tensors")
+    if impl == "cuda":
+        if not cuda.BUILT:
+            raise ValueError(f"impl is 'cuda', but its kernels are not built: {cuda.HOW_TO_BUILD}")
+        if x.dtype not in CUDA_DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; impl 'cuda' accepts {', '.join(map(str, CUDA_DTYPES))}")
+        if not x.is_cuda:
+            raise ValueError(f"{name} is on {x.device}; impl 'cuda' accepts CUDA tensors")
     if impl == "reference" or needs_gradient(x, *others):
         return "reference"
     if impl == "triton":
         return "triton"
+    if impl == "cuda":
+        return "cuda"
+    if op is not None and cuda.BUILT and x.is_cuda and x.dtype in CUDA_DTYPES and measured_impl(op, x) == "cuda":
+        return "cuda"
     return "triton" if x.is_cuda and x.dtype in TRITON_DTYPES and TRITON_INSTALLED else "reference"
 
 

@@ -140,7 +140,9 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     width, rest = column_blocks(head_dim)
-    config = launch_config("attention", q.device, head_dim=head_dim, itemsize=q.dtype.itemsize)
+    config = launch_config(
+        "attention", q.device, itemsize=q.dtype.itemsize, head_dim=head_dim, keys=keys, queries=queries
+    )
     wrap_triton(attention_kernel)[(triton.cdiv(queries, config["BLOCK_M"]) * batch * heads,)](
         q, k, v, out,
         q.stride(0), q.stride(1), q.stride(2),

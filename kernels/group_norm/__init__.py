@@ -19,11 +19,13 @@ def group_norm(
     eps: float = 1e-5,
     *,
     activation: str | None = None,
+    shift: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """``activation((x - mean) / sqrt(var + eps) * weight + bias)``, moments per image and group of channels.
+    """``activation((z - mean) / sqrt(var + eps) * weight + bias)``, moments per image and group of channels of z.
 
-    The variance is the biased one of ``torch.nn.GroupNorm`` (arXiv 1803.08494). A result does not depend on the other
+    ``z`` is ``x``, or ``x + shift`` where there is one: how a diffusion UNet's block takes its time embedding. The
+    variance is the biased one of ``torch.nn.GroupNorm`` (arXiv 1803.08494). A result does not depend on the other
     images of the batch, and the same input gives the same bits.
 
     Args:
@@ -34,8 +36,10 @@ def group_norm(
         bias: (channels,), dtype and device of ``x``, or ``None`` for zeros.
         eps: 0 or more.
         activation: "silu" or ``None``.
-        impl: "reference" (torch's ``group_norm``, then ``silu``), "triton" (float16, bfloat16 or float32) or ``None``,
-            the best available. Where a gradient is needed the reference runs.
+        shift: (batch, channels), dtype and device of ``x``, or ``None`` for zeros.
+        impl: "reference" (torch's ``group_norm``, then ``silu``), "triton" or "cuda" (float16, bfloat16 or float32; the
+            sum with ``shift`` is not rounded to the dtype) or ``None``, the best available. Where a gradient is needed
+            the reference runs.
 
     Returns:
         Shape and dtype of ``x``.
@@ -43,9 +47,14 @@ def group_norm(
     Raises:
         ValueError: An argument's shape, dtype, device or value is not accepted; names it, its value and what is.
     """
-    validate(x, num_groups, weight, bias, eps, activation)
-    if choose_impl(impl, "x", x, weight, bias) == "triton":
+    validate(x, num_groups, weight, bias, eps, activation, shift)
+    chosen = choose_impl(impl, "x", x, weight, bias, shift, op="group_norm")
+    if chosen == "cuda":
+        from catimage_accel.kernels.group_norm import cuda
+
+        return cuda.group_norm(x, num_groups, weight, bias, eps, activation=activation, shift=shift)
+    if chosen == "triton":
         from catimage_accel.kernels.group_norm import triton
 
-        return triton.group_norm(x, num_groups, weight, bias, eps, activation=activation)
-    return reference.group_norm(x, num_groups, weight, bias, eps, activation=activation)
+        return triton.group_norm(x, num_groups, weight, bias, eps, activation=activation, shift=shift)
+    return reference.group_norm(x, num_groups, weight, bias, eps, activation=activation, shift=shift)

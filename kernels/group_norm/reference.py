@@ -8,8 +8,17 @@ from torch import Tensor
 
 
 def group_norm(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, *, activation: str | None
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    activation: str | None,
+    shift: Tensor | None,
 ) -> Tensor:
     """See :func:`catimage_accel.kernels.group_norm`."""
+    if shift is not None:
+        x = x + shift.reshape(*shift.shape, *(1,) * (x.ndim - 2))
     y = torch.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(y) if activation == "silu" else y

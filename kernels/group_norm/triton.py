@@ -2,9 +2,8 @@
 
 A group is cut into chunks, so that a few groups still fill the device: (1) the moments kernels write each chunk's mean
 and centred sum of squares, (2) ``combine_kernel`` merges them in a fixed order (Chan et al. 1983), (3) the apply
-kernels normalise. The cuts depend on the shape of one image only. Inside a chunk every lane runs Welford's update, so
-nothing is ever the difference of two large sums. A mean is kept as a float32 and the rounding it lost: where the mean
-is many standard deviations, its last bit is what the result's error comes from.
+kernels normalise. The cuts depend on the shape of one image only. A shift is added in float32 wherever ``x`` is read,
+so that the sum is never stored.
 """
 
 # Triton's kernels take pointers and scalars that have no Python type.
@@ -19,26 +18,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from catimage_accel.kernels.dispatch import register_triton_op
+from catimage_accel.kernels.group_norm.triton_moments import combine_kernel, moments_nchw_kernel, moments_nhwc_kernel
 from catimage_accel.kernels.tuning import launch_config
-
-
-@triton.jit
-def move_mean(mean, low, step):
-    """``mean + low + step`` as a new such pair (Dekker's fast two-sum)."""
-    step += low
-    moved = mean + step
-    return moved, step - (moved - mean)
-
-
-@triton.jit
-def merge_lanes(count, mean, low, squares, axis: tl.constexpr):
-    """Mean, its rounding and the centred sum of squares over an axis of lanes that hold the same and a count."""
-    total = tl.sum(count, axis)
-    rough = tl.sum(count * mean, axis) / total
-    rest = tl.sum(count * (mean - tl.expand_dims(rough, axis) + low), axis) / total
-    merged, merged_low = move_mean(rough, 0.0, rest)
-    delta = (mean - tl.expand_dims(merged, axis)) + (low - tl.expand_dims(merged_low, axis))
-    return merged, merged_low, tl.sum(squares + count * delta * delta, axis)
 
 
 @triton.jit
@@ -49,121 +30,9 @@ def activate(y, SILU: tl.constexpr):
 
 
 @triton.jit
-def moments_nchw_kernel(
-    x_ptr,  # (batch * groups, size)
-    partials_ptr,  # (3, batch * groups * chunks) float32: mean, its rounding, centred sum of squares
-    size,
-    chunks,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0)
-    first = (program % chunks) * CHUNK
-    x_ptr += (program // chunks).to(tl.int64) * size
-    count = tl.zeros([BLOCK], tl.float32)
-    mean = tl.zeros([BLOCK], tl.float32)
-    low = tl.zeros([BLOCK], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for step in range(0, tl.minimum(size - first, CHUNK), BLOCK):
-        offset = first + step + tl.arange(0, BLOCK)
-        mask = offset < size
-        x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
-        count += mask.to(tl.float32)
-        delta = tl.where(mask, x - mean - low, 0.0)
-        mean, low = move_mean(mean, low, delta / tl.maximum(count, 1.0))
-        squares += delta * (x - mean - low)
-    chunk_mean, chunk_low, chunk_squares = merge_lanes(count, mean, low, squares, 0)
-    plane = tl.num_programs(0)
-    tl.store(partials_ptr + program, chunk_mean)
-    tl.store(partials_ptr + plane + program, chunk_low)
-    tl.store(partials_ptr + 2 * plane + program, chunk_squares)
-
-
-@triton.jit
-def moments_nhwc_kernel(
-    x_ptr,  # (batch, pixels, channels)
-    partials_ptr,  # (3, batch * groups * chunks * group_channels) float32, as above
-    pixels,
-    channels,
-    groups,
-    chunks,
-    channel_blocks,
-    plane,  # batch * groups * chunks * group_channels
-    CHUNK: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    channel = (program % channel_blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    chunk = program // channel_blocks % chunks
-    image = (program // channel_blocks // chunks).to(tl.int64)
-    in_channels = channel < channels
-    lane = tl.arange(0, BLOCK_PIXELS)
-    x_ptr += (image * pixels + chunk * CHUNK) * channels
-    pointers = x_ptr + lane[:, None] * channels + channel[None, :]
-    left = pixels - chunk * CHUNK
-    count = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
-    mean = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
-    low = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
-    squares = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], tl.float32)
-    for step in range(0, tl.minimum(left, CHUNK), BLOCK_PIXELS):
-        in_pixels = (lane < left - step)[:, None]
-        x = tl.load(pointers, in_pixels & in_channels[None, :], 0.0).to(tl.float32)
-        count += in_pixels.to(tl.float32)
-        delta = tl.where(in_pixels, x - mean - low, 0.0)
-        mean, low = move_mean(mean, low, delta / tl.maximum(count, 1.0))
-        squares += delta * (x - mean - low)
-        pointers += BLOCK_PIXELS * channels
-    chunk_mean, chunk_low, chunk_squares = merge_lanes(count, mean, low, squares, 0)
-    group_channels = channels // groups
-    partials_ptr += ((image * groups + channel // group_channels) * chunks + chunk) * group_channels
-    partials_ptr += channel % group_channels
-    tl.store(partials_ptr, chunk_mean, in_channels)
-    tl.store(partials_ptr + plane, chunk_low, in_channels)
-    tl.store(partials_ptr + 2 * plane, chunk_squares, in_channels)
-
-
-@triton.jit
-def combine_kernel(
-    partials_ptr,  # (3, batch * groups, chunks, width) float32: mean, its rounding, centred sum of squares
-    moments_ptr,  # (3, batch * groups) float32: mean, its rounding, 1 / sqrt(variance + eps)
-    size,  # values a chunk column covers in all
-    chunks,
-    width,
-    eps,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    group = tl.program_id(0)
-    entries = chunks * width
-    plane = tl.num_programs(0).to(tl.int64) * entries
-    partials_ptr += group.to(tl.int64) * entries
-    count = tl.zeros([BLOCK], tl.float32)
-    mean = tl.zeros([BLOCK], tl.float32)
-    low = tl.zeros([BLOCK], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, entries, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        mask = entry < entries
-        new_count = tl.where(mask, tl.minimum(size - entry // width * CHUNK, CHUNK), 0).to(tl.float32)
-        new_mean = tl.load(partials_ptr + entry, mask, 0.0)
-        new_low = tl.load(partials_ptr + plane + entry, mask, 0.0)
-        delta = tl.where(mask, (new_mean - mean) + (new_low - low), 0.0)
-        share = new_count / tl.maximum(count + new_count, 1.0)
-        squares += tl.load(partials_ptr + 2 * plane + entry, mask, 0.0) + delta * delta * count * share
-        mean, low = move_mean(mean, low, delta * share)
-        count += new_count
-    group_mean, group_low, group_squares = merge_lanes(count, mean, low, squares, 0)
-    variance = group_squares / tl.sum(count, 0)
-    tl.store(moments_ptr + group, group_mean)
-    groups = tl.num_programs(0)
-    tl.store(moments_ptr + groups + group, group_low)
-    tl.store(moments_ptr + 2 * groups + group, 1.0 / tl.sqrt(variance + eps))
-
-
-@triton.jit
 def apply_nchw_kernel(
     x_ptr,  # (batch * groups, size)
+    shift_ptr,  # (batch, channels), read if HAS_SHIFT
     weight_ptr,  # (channels,), read if HAS_WEIGHT
     bias_ptr,  # (channels,), read if HAS_BIAS
     moments_ptr,  # (3, batch * groups) float32
@@ -172,6 +41,7 @@ def apply_nchw_kernel(
     pixels,
     groups,
     blocks,
+    HAS_SHIFT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
@@ -183,10 +53,13 @@ def apply_nchw_kernel(
     mask = offset < size
     base = row.to(tl.int64) * size
     x = tl.load(x_ptr + base + offset, mask, 0.0).to(tl.float32)
+    group_channels = size // pixels
+    if HAS_SHIFT:
+        x += tl.load(shift_ptr + row * group_channels + offset // pixels, mask, 0.0).to(tl.float32)
     rows = tl.num_programs(0) // blocks
     centred = (x - tl.load(moments_ptr + row)) - tl.load(moments_ptr + rows + row)
     y = centred * tl.load(moments_ptr + 2 * rows + row)
-    channel = (row % groups) * (size // pixels) + offset // pixels
+    channel = (row % groups) * group_channels + offset // pixels
     if HAS_WEIGHT:
         y *= tl.load(weight_ptr + channel, mask, 0.0).to(tl.float32)
     if HAS_BIAS:
@@ -197,6 +70,7 @@ def apply_nchw_kernel(
 @triton.jit
 def apply_nhwc_kernel(
     x_ptr,  # (batch, pixels, channels)
+    shift_ptr,  # (batch, channels), read if HAS_SHIFT
     weight_ptr,  # (channels,), read if HAS_WEIGHT
     bias_ptr,  # (channels,), read if HAS_BIAS
     moments_ptr,  # (3, batch * groups) float32
@@ -207,6 +81,7 @@ def apply_nhwc_kernel(
     rows,  # batch * groups
     pixel_blocks,
     channel_blocks,
+    HAS_SHIFT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
@@ -223,6 +98,8 @@ def apply_nhwc_kernel(
     base = (image.to(tl.int64) * pixels + pixel_block * BLOCK_PIXELS) * channels
     offset = lane[:, None] * channels + channel[None, :]
     x = tl.load(x_ptr + base + offset, mask, 0.0).to(tl.float32)
+    if HAS_SHIFT:
+        x += tl.load(shift_ptr + image * channels + channel, in_channels, 0.0).to(tl.float32)[None, :]
     row = image * groups + channel // (channels // groups)
     mean = tl.load(moments_ptr + row, in_channels, 0.0)
     low = tl.load(moments_ptr + rows + row, in_channels, 0.0)
@@ -236,7 +113,13 @@ def apply_nhwc_kernel(
 
 
 def group_norm_op(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """See :func:`catimage_accel.kernels.group_norm`."""
     x = _dense(x)
@@ -248,7 +131,9 @@ def group_norm_op(
     rows = batch * num_groups
     group_channels = channels // num_groups
     moments = torch.empty((3, rows), dtype=torch.float32, device=x.device)
-    affine = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
+    has_shift = shift is not None
+    flags = {"HAS_SHIFT": has_shift, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
+    shift = x if shift is None else shift.contiguous()
     weight = x if weight is None else weight.contiguous()
     bias = x if bias is None else bias.contiguous()
     nhwc = not x.is_contiguous()
@@ -262,15 +147,15 @@ def group_norm_op(
         plane = rows * chunks * group_channels
         partials = torch.empty((3, plane), dtype=torch.float32, device=x.device)
         wrap_triton(moments_nhwc_kernel)[(batch * chunks * channel_blocks,)](
-            x, partials, pixels, channels, num_groups, chunks, channel_blocks, plane,
-            CHUNK=chunk, num_warps=warps, **tile,
+            x, shift, partials, pixels, channels, num_groups, chunks, channel_blocks, plane,
+            HAS_SHIFT=has_shift, CHUNK=chunk, num_warps=warps, **tile,
         )  # fmt: skip
         wrap_triton(combine_kernel)[(rows,)](
             partials, moments, pixels, chunks, group_channels, eps, CHUNK=chunk, BLOCK=config["COMBINE"], num_warps=4
         )
         wrap_triton(apply_nhwc_kernel)[(batch * pixel_blocks * channel_blocks,)](
-            x, weight, bias, moments, y, pixels, channels, num_groups, rows, pixel_blocks, channel_blocks,
-            num_warps=warps, **affine, **tile,
+            x, shift, weight, bias, moments, y, pixels, channels, num_groups, rows, pixel_blocks, channel_blocks,
+            num_warps=warps, **flags, **tile,
         )  # fmt: skip
         return y
     size, block = pixels * group_channels, config["BLOCK"]
@@ -278,18 +163,26 @@ def group_norm_op(
     blocks = triton.cdiv(size, block)
     partials = torch.empty((3, rows * chunks), dtype=torch.float32, device=x.device)
     wrap_triton(moments_nchw_kernel)[(rows * chunks,)](
-        x, partials, size, chunks, CHUNK=chunk, BLOCK=block, num_warps=warps
+        x, shift, partials, size, pixels, chunks, HAS_SHIFT=has_shift, CHUNK=chunk, BLOCK=block, num_warps=warps
     )
     wrap_triton(combine_kernel)[(rows,)](
         partials, moments, size, chunks, 1, eps, CHUNK=chunk, BLOCK=config["COMBINE"], num_warps=4
     )
     wrap_triton(apply_nchw_kernel)[(rows * blocks,)](
-        x, weight, bias, moments, y, size, pixels, num_groups, blocks, BLOCK=block, num_warps=warps, **affine
+        x, shift, weight, bias, moments, y, size, pixels, num_groups, blocks, BLOCK=block, num_warps=warps, **flags
     )
     return y
 
 
-def _fake(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
+def _fake(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
+) -> Tensor:
     return torch.empty_like(_dense(x))
 
 
@@ -302,8 +195,15 @@ _op = register_triton_op("group_norm", group_norm_op, _fake)
 
 
 def group_norm(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, *, activation: str | None
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    activation: str | None,
+    shift: Tensor | None,
 ) -> Tensor:
     """See :func:`catimage_accel.kernels.group_norm`; arguments are validated already."""
-    y: Tensor = _op(x, num_groups, weight, bias, float(eps), activation == "silu")
+    y: Tensor = _op(x, num_groups, weight, bias, float(eps), activation == "silu", shift)
     return y

@@ -10,7 +10,13 @@ ACTIVATIONS = (None, "silu")
 
 
 def validate(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str | None
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    shift: Tensor | None,
 ) -> None:
     """Raises ValueError naming the first argument that is off, its value and what is accepted."""
     if x.ndim < 2 or not x.is_floating_point():
@@ -21,13 +27,19 @@ def validate(
     channels = x.shape[1]
     if num_groups < 1 or channels == 0 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; accepted: a divisor of x's {channels} channels")
+    images = (x.shape[0], channels)
+    if shift is not None and shift.shape != images:
+        raise ValueError(
+            f"shift has shape {tuple(shift.shape)}; accepted: {tuple(images)}, one per image and channel, or None"
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.shape != (channels,):
+        if tensor is not None and tensor.shape != (channels,):
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; accepted: ({channels},), one per channel, or None"
             )
+    for name, tensor in (("weight", weight), ("bias", bias), ("shift", shift)):
+        if tensor is None:
+            continue
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: x's, {x.dtype}")
         if tensor.device != x.device:

@@ -1,8 +1,9 @@
 """Launch configs of the Triton kernels, read from JSON.
 
-``<op>.<device>.json`` holds what was tuned on a device (its CUDA name in lower case, anything but letters and digits
-turned into "-"); ``<op>.default.json`` holds conservative configs for every other. Each is a list of
-``{"shape": {name: number}, "config": {name: number}}``; the entry whose shape is nearest in log2 is used.
+``<op>.<device>.json`` holds what ``catimage bench tune`` measured on a device (its CUDA name in lower case, anything
+but letters and digits turned into "-"); ``<op>.default.json`` holds conservative configs for every other device and for
+shapes that the device's file says nothing of. Each is a list of
+``{"shape": {name: number}, "config": {name: number}}``; the entry whose shape is nearest is used.
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,28 +23,77 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent
+# A size that torch.compile leaves open is taken as the next of these: it is guarded by a range, not by its value.
+SIZES = sorted({round(2 ** (i / 4)) for i in range(129)})
+
+_forced: ContextVar[tuple[str, dict[str, int]] | None] = ContextVar("_forced", default=None)
 
 
 def launch_config(op: str, device: torch.device, **shape: int) -> dict[str, int]:
-    """The config for ``shape`` (positive numbers, the same names as in the op's JSON), nearest match."""
-    entries = _entries(op, _device_slug(device))
-    return dict(min(entries, key=lambda entry: _distance(entry["shape"], shape))["config"])
+    """The config of the entry nearest to ``shape``.
+
+    Args:
+        op: Name of the op.
+        device: Where it will run; warns once where no config was tuned there.
+        shape: Positive numbers, the most decisive first: entries are compared by the distance in log2 of the first,
+            then of the second, and so on. A name that an entry lacks is no distance.
+    """
+    forced = _forced.get()
+    if forced is not None and forced[0] == op:
+        return dict(forced[1])
+    entries = _entries(op, device_slug(device))
+    sizes = {name: size if type(size) is int else SIZES[bisect_left(SIZES, size)] for name, size in shape.items()}
+    return dict(min(entries, key=lambda entry: _distance(entry["shape"], sizes))["config"])
 
 
-def _distance(tuned: dict[str, int], shape: dict[str, int]) -> float:
-    return sum(abs(math.log2(tuned[name] / size)) for name, size in shape.items())
+@contextmanager
+def use_config(op: str, config: dict[str, int]) -> Iterator[None]:
+    """``launch_config`` of ``op`` is ``config``, in this thread, while the context lasts."""
+    token = _forced.set((op, config))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
-def _device_slug(device: torch.device) -> str:
+def device_slug(device: torch.device) -> str:
+    """What a device is called in file names; "default" for one that is no CUDA device."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "default"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
+def forget() -> None:
+    """Configs are read from the files anew."""
+    _entries.cache_clear()
+
+
+def _distance(tuned: dict[str, int], shape: dict[str, int]) -> tuple[float, ...]:
+    return tuple(abs(math.log2(tuned[name] / size)) if name in tuned else 0.0 for name, size in shape.items())
+
+
 @cache
 def _entries(op: str, slug: str) -> list[dict[str, Any]]:
+    defaults = _read(FOLDER / f"{op}.default.json")
+    if slug == "default":
+        return defaults
     path = FOLDER / f"{op}.{slug}.json"
     if not path.is_file():
-        path = FOLDER / f"{op}.default.json"
+        warnings.warn(
+            f"no launch configs of {op} were tuned on {slug}: using those that fit any device; "
+            "`catimage bench tune` measures better ones",
+            UserWarning,
+            stacklevel=3,
+        )
+        return defaults
+    tuned = _read(path)
+    return tuned + [entry for entry in defaults if not any(_covers(other["shape"], entry["shape"]) for other in tuned)]
+
+
+def _covers(tuned: dict[str, int], default: dict[str, int]) -> bool:
+    return all(tuned.get(name) == size for name, size in default.items())
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return entries

@@ -42,7 +42,7 @@ def attention_cases(part: str) -> Iterator[Case]:
     for dtype, head_dim in HEAD_DIMS[part]:
         for even_keys in (False,) if part == "common" else (False, True):
             width, rest = module.column_blocks(head_dim)
-            config = launch_config("attention", DEVICE, head_dim=head_dim, itemsize=4 if dtype == "fp32" else 2)
+            config = launch_config("attention", DEVICE, itemsize=4 if dtype == "fp32" else 2, head_dim=head_dim)
             yield (
                 f"attention {dtype} head_dim {head_dim}" + " even" * even_keys,
                 module.attention_kernel,
@@ -53,17 +53,36 @@ def attention_cases(part: str) -> Iterator[Case]:
 
 def group_norm_cases() -> Iterator[Case]:
     module = import_module("catimage_accel.kernels.group_norm.triton")
-    affine = {"HAS_WEIGHT": True, "HAS_BIAS": True, "SILU": True}
-    io = {"x_ptr": "*bf16", "y_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16"}
-    types = io | {"partials_ptr": "*fp32", "moments_ptr": "*fp32", "eps": "fp32"}
+    pointers = dict.fromkeys(("x_ptr", "shift_ptr", "y_ptr", "weight_ptr", "bias_ptr"), "*bf16")
+    types = pointers | {"partials_ptr": "*fp32", "moments_ptr": "*fp32", "eps": "fp32"}
     nchw = launch_config("group_norm", DEVICE, channels_last=1, pixels=4096)
     nhwc = launch_config("group_norm", DEVICE, channels_last=2, pixels=4096)
-    yield "group_norm moments nchw", module.moments_nchw_kernel, types, nchw
-    yield "group_norm moments nhwc", module.moments_nhwc_kernel, types, nhwc
     combine = {"CHUNK": nchw["CHUNK"], "BLOCK": nchw["COMBINE"], "num_warps": 4}
     yield "group_norm combine", module.combine_kernel, types, combine
-    yield "group_norm apply nchw", module.apply_nchw_kernel, types, nchw | affine
-    yield "group_norm apply nhwc", module.apply_nhwc_kernel, types, nhwc | affine
+    for shift in (False, True):
+        flags = {"HAS_SHIFT": shift, "HAS_WEIGHT": True, "HAS_BIAS": True, "SILU": True}
+        shifted = " with shift" * shift
+        yield f"group_norm moments nchw{shifted}", module.moments_nchw_kernel, types, nchw | flags
+        yield f"group_norm moments nhwc{shifted}", module.moments_nhwc_kernel, types, nhwc | flags
+        yield f"group_norm apply nchw{shifted}", module.apply_nchw_kernel, types, nchw | flags
+        yield f"group_norm apply nhwc{shifted}", module.apply_nhwc_kernel, types, nhwc | flags
+
+
+def layer_norm_cases() -> Iterator[Case]:
+    module = import_module("catimage_accel.kernels.layer_norm.triton")
+    pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "y_ptr", "total_ptr"), "*bf16")
+    flags = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_BIAS": True}
+    for width in (320, 640, 1280, 2048, 4096, 8192, 16384):
+        launch = launch_config("layer_norm", DEVICE, width=width) | flags
+        launch["BLOCK_WIDTH"] = triton.next_power_of_2(width)
+        yield f"layer_norm {width}", module.layer_norm_kernel, pointers | {"eps": "fp32"}, launch
+
+
+def geglu_cases() -> Iterator[Case]:
+    module = import_module("catimage_accel.kernels.geglu.triton")
+    for dtype in ("bf16", "fp32"):
+        types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+        yield f"geglu {dtype}", module.geglu_kernel, types, launch_config("geglu", DEVICE, width=1280)
 
 
 def guided_step_cases() -> Iterator[Case]:
@@ -80,6 +99,8 @@ def cases(part: str) -> Iterator[Case]:
     yield from attention_cases(part)
     if part == "common":
         yield from group_norm_cases()
+        yield from layer_norm_cases()
+        yield from geglu_cases()
         yield from guided_step_cases()
 
 

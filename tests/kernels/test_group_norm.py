@@ -16,13 +16,29 @@ from catimage_accel.kernels import group_norm
 pytest.importorskip("triton")
 
 DTYPES = [torch.float32, torch.float16]
+SHAPES = [  # shape, groups, mean
+    pytest.param((2, 20, 9, 7), 4, 0.0, id="a group smaller than a block"),
+    pytest.param((1, 70, 9, 8), 7, 0.0, id="channels over more than one block of them"),
+    pytest.param((1, 8, 50, 50), 2, 0.0, id="a group over several chunks, the last one short"),
+    pytest.param((1, 64, 20, 20), 1, 1000.0, id="a large mean merged over several chunks"),
+    pytest.param((1, 8, 40, 40), 2, 1000.0, id="a mean of 1000 standard deviations: E[x^2] - E[x]^2 would cancel"),
+    pytest.param((2, 6, 1, 1), 3, 0.0, id="one pixel"),
+    pytest.param((2, 6, 1, 1), 6, 0.0, id="one value a group: the bias is left"),
+    pytest.param((2, 15, 5, 3), 5, 0.0, id="odd channels"),
+    pytest.param((1, 6, 5, 3), 1, 0.0, id="one group"),
+    pytest.param((2, 12, 50), 3, 0.0, id="3D, as attention layers have it"),
+    pytest.param((2, 12), 3, 0.0, id="2D"),
+    pytest.param((1, 4, 3, 5, 7), 2, 0.0, id="5D video"),
+    pytest.param((0, 8, 4, 4), 2, 0.0, id="empty batch"),
+    pytest.param((2, 8, 0, 4), 2, 0.0, id="no pixels"),
+]
 
 
 def formula(
     x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
-    activation: str | None = None,
+    activation: str | None = None, shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    x = x.double()
+    x = shifted(x.double(), shift)
     grouped = x.reshape(x.shape[0], groups, -1) if x.numel() else x
     centred = grouped - grouped.mean(-1, keepdim=True)
     y = (centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()).reshape(x.shape)
@@ -34,11 +50,15 @@ def formula(
 
 def torchs(
     x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
-    activation: str | None = None,
+    activation: str | None = None, shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     # In NC... order: on CPU torch's channels-last kernel takes the variance as E[x^2] - E[x]^2, too easy to beat.
-    y = torch.group_norm(x.contiguous(), groups, weight, bias, eps)
+    y = torch.group_norm(shifted(x, shift).contiguous(), groups, weight, bias, eps)
     return F.silu(y) if activation == "silu" else y
+
+
+def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    return x if shift is None else x + shift.to(x.dtype).reshape(*shift.shape, *(1,) * (x.ndim - 2))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -54,25 +74,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, offset: f
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["NC", "channels last"])
-@pytest.mark.parametrize(
-    ("shape", "groups", "offset"),
-    [
-        pytest.param((2, 20, 9, 7), 4, 0.0, id="a group smaller than a block"),
-        pytest.param((1, 70, 9, 8), 7, 0.0, id="channels over more than one block of them"),
-        pytest.param((1, 8, 50, 50), 2, 0.0, id="a group over several chunks, the last one short"),
-        pytest.param((1, 64, 20, 20), 1, 1000.0, id="a large mean merged over several chunks"),
-        pytest.param((1, 8, 40, 40), 2, 1000.0, id="a mean of 1000 standard deviations: E[x^2] - E[x]^2 would cancel"),
-        pytest.param((2, 6, 1, 1), 3, 0.0, id="one pixel"),
-        pytest.param((2, 6, 1, 1), 6, 0.0, id="one value a group: the bias is left"),
-        pytest.param((2, 15, 5, 3), 5, 0.0, id="odd channels"),
-        pytest.param((1, 6, 5, 3), 1, 0.0, id="one group"),
-        pytest.param((2, 12, 50), 3, 0.0, id="3D, as attention layers have it"),
-        pytest.param((2, 12), 3, 0.0, id="2D"),
-        pytest.param((1, 4, 3, 5, 7), 2, 0.0, id="5D video"),
-        pytest.param((0, 8, 4, 4), 2, 0.0, id="empty batch"),
-        pytest.param((2, 8, 0, 4), 2, 0.0, id="no pixels"),
-    ],
-)
+@pytest.mark.parametrize(("shape", "groups", "offset"), SHAPES)
 def test_accuracy(
     shape: tuple[int, ...], groups: int, offset: float, layout: str, dtype: torch.dtype, assert_accurate: Any
 ) -> None:
@@ -92,6 +94,42 @@ def test_optional_affine(with_weight: bool, with_bias: bool, layout: str, assert
     x = channels_last(x) if layout == "channels last" else x
     arguments = (x, 3, weight if with_weight else None, bias if with_bias else None)
     assert_accurate(group_norm(*arguments, impl="triton"), torchs(*arguments), formula(*arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["NC", "channels last"])
+@pytest.mark.parametrize(
+    ("shape", "groups", "offset"),
+    [
+        pytest.param((2, 20, 9, 7), 4, 0.0, id="a shift for each image and channel"),
+        pytest.param((1, 70, 9, 8), 7, 0.0, id="channels over more than one block of them"),
+        pytest.param((1, 8, 50, 50), 2, 0.0, id="a group over several chunks, the last one short"),
+        pytest.param((1, 8, 40, 40), 2, 1000.0, id="a shift of 1000 standard deviations"),
+        pytest.param((3, 12, 5), 3, 0.0, id="3D"),
+        pytest.param((2, 12), 3, 0.0, id="2D"),
+        pytest.param((0, 8, 4, 4), 2, 0.0, id="empty batch"),
+    ],
+)
+def test_shift(
+    shape: tuple[int, ...], groups: int, offset: float, layout: str, dtype: torch.dtype, assert_accurate: Any
+) -> None:
+    """The time embedding that diffusers adds before the norm."""
+    x, weight, bias = inputs(shape, dtype)
+    x = channels_last(x) if layout == "channels last" else x
+    shift = (torch.randn(shape[:2], generator=torch.Generator().manual_seed(1)) + offset).to(dtype)
+    ours = group_norm(x, groups, weight, bias, activation="silu", shift=shift, impl="triton")
+    arguments = (x, groups, weight, bias, 1e-5, "silu", shift)
+    assert_accurate(ours, torchs(*arguments), formula(*arguments))
+    assert ours.stride() == x.stride()
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference", None])
+def test_shift_as_a_view_of_a_projection(impl: str | None, assert_accurate: Any) -> None:
+    x, weight, bias = inputs((2, 8, 5, 6))
+    shift = torch.randn(16, 2, generator=torch.Generator().manual_seed(1)).t()[:, ::2]
+    ours = group_norm(x, 4, weight, bias, shift=shift, impl=impl)
+    arguments = (x, 4, weight, bias, 1e-5, None, shift)
+    assert_accurate(ours, torchs(*arguments), formula(*arguments))
 
 
 @settings(max_examples=25, deadline=None)
@@ -147,10 +185,10 @@ def test_other_layouts(view: Any, assert_accurate: Any) -> None:
 
 @pytest.mark.parametrize("impl", ["triton", "reference", None])
 def test_gradients_are_torchs(impl: str | None) -> None:
-    tensors = [x.requires_grad_() for x in inputs((2, 8, 3, 3))]
-    x, weight, bias = tensors
-    ours = group_norm(x, 4, weight, bias, activation="silu", impl=impl)
-    expected = torchs(x, 4, weight, bias, 1e-5, "silu")
+    tensors = [x.requires_grad_() for x in (*inputs((2, 8, 3, 3)), torch.randn(2, 8))]
+    x, weight, bias, shift = tensors
+    ours = group_norm(x, 4, weight, bias, activation="silu", shift=shift, impl=impl)
+    expected = torchs(x, 4, weight, bias, 1e-5, "silu", shift)
     for got, want in zip(*(torch.autograd.grad(y.square().sum(), tensors) for y in (ours, expected)), strict=True):
         torch.testing.assert_close(got, want, atol=0, rtol=0)
 
@@ -162,6 +200,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(op, (x, 4, weight, bias, 1e-5, True))
     torch.library.opcheck(op, (channels_last(x), 4, None, None, 1e-5, False))
     torch.library.opcheck(op, (x.transpose(2, 3)[:0], 4, weight, None, 1e-5, False))
+    torch.library.opcheck(op, (x, 4, weight, bias, 1e-5, True, torch.randn(2, 8)))
+    torch.library.opcheck(op, (channels_last(x), 4, None, None, 1e-5, False, torch.randn(8, 2).t()))
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -182,10 +222,12 @@ def test_compiles_whole(impl: str) -> None:
         ({"weight": torch.ones(4)}, r"weight has shape \(4,\); accepted: \(8,\)"),
         ({"bias": torch.ones(8, dtype=torch.float16)}, r"bias has dtype torch.float16; accepted: x's, torch.float32"),
         ({"weight": torch.ones(8, device="meta")}, r"weight is on meta; accepted: x's device, cpu"),
+        ({"shift": torch.zeros(8)}, r"shift has shape \(8,\); accepted: \(2, 8\), one per image and channel, or None"),
+        ({"shift": torch.zeros(2, 8, dtype=torch.float16)}, r"shift has dtype torch.float16; accepted: x's"),
         ({"eps": float("nan")}, r"eps is nan; accepted: a finite number of 0 or more"),
         ({"eps": -1.0}, r"eps is -1.0"),
         ({"activation": "relu"}, r"activation is 'relu'; accepted: None, 'silu'"),
-        ({"impl": "cuda"}, r"impl is 'cuda'; accepted: 'reference', 'triton' or None"),
+        ({"impl": "cudnn"}, r"impl is 'cudnn'; accepted: 'reference', 'triton', 'cuda' or None"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:

@@ -1,8 +1,9 @@
 """The zoo's judge: a CLIP trained on its own, on rendered scenes, never used to condition a picture.
 
 Besides the usual contrastive loss over the batch (Radford et al., arXiv 2103.00020) it learns to tell
-each caption from near misses of it, and its image patches learn to name the object they show; the head
-for that is thrown away. Nouns and backgrounds are learned in minutes, places and numbers are not, so the
+each caption from near misses of it, its image patches learn to name the object they show, and the pooled
+image to say where each noun is: without that, "left" and "right" stay one word to it. The heads for these
+two are thrown away. Nouns and backgrounds are learned in minutes, places and numbers are not, so the
 latter have the larger share of the near misses and of the pictures; half of the pictures are mirrored,
 with "left" and "right" exchanged in their captions.
 """
@@ -28,8 +29,9 @@ PATCH = 8
 WIDTH = 192
 NEAR_MISSES = 4
 MISS_ODDS = (0.2, 0.35, 0.35, 0.1)  # noun, count, relation, background
-RELATION_WEIGHT, COUNT_WEIGHT = 2.5, 1.5  # how often a picture with a relation or a number is taken, against others
+RELATION_WEIGHT, COUNT_WEIGHT = 3.0, 2.0  # how often a picture with a relation or a number is taken, against others
 PATCH_LOSS_WEIGHT = 0.5
+PLACE_LOSS_WEIGHT = 2.0
 DEFAULTS = TrainConfig(steps=4000, batch_size=96, learning_rate=1.5e-3, warmup=150, weight_decay=0.05, ema_decay=0.995)
 
 
@@ -47,11 +49,12 @@ def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
-class _JudgeWithPatchHead(nn.Module):
+class _JudgeWithHeads(nn.Module):
     def __init__(self, clip: CLIPModel):
         super().__init__()
         self.clip = clip
         self.patch_head = nn.Linear(WIDTH, len(NOUNS) + 1)
+        self.place_head = nn.Linear(WIDTH, len(NOUNS) * 2)
 
 
 def patch_labels(picture: Scene) -> np.ndarray:
@@ -63,6 +66,15 @@ def patch_labels(picture: Scene) -> np.ndarray:
         inside = np.hypot(middles[None, :] - placed.x, middles[:, None] - placed.y) < 0.45 * placed.size
         labels[inside] = NOUNS.index(placed.noun)
     return labels
+
+
+def noun_places(picture: Scene) -> np.ndarray:
+    """(len(NOUNS), 2): where each noun's objects are on average, x and y from -1 to 1; NaN for an absent noun."""
+    places = np.full((len(NOUNS), 2), np.nan, np.float32)
+    for noun, _ in picture.spec.groups:
+        centres = [(placed.x, placed.y) for placed in picture.objects if placed.noun == noun]
+        places[NOUNS.index(noun)] = np.mean(centres, axis=0) / (IMAGE_SIZE / 2) - 1
+    return places
 
 
 def _weight(spec: SceneSpec) -> float:
@@ -79,8 +91,9 @@ def train_judge(
     pictures = rendered(scenes, "train", folder.parent)
     layouts = [scene(index, "train") for index in range(scenes)]
     labels = torch.from_numpy(np.stack([patch_labels(layout) for layout in layouts]))
+    places = torch.from_numpy(np.stack([noun_places(layout) for layout in layouts]))
     weights = torch.tensor([_weight(layout.spec) for layout in layouts])
-    model = _JudgeWithPatchHead(new_judge(tokenizer))
+    model = _JudgeWithHeads(new_judge(tokenizer))
     model.clip.set_attn_implementation(TRAINING_ATTENTION)
     trainer = Trainer(model, config, folder, device, "judge")
 
@@ -110,7 +123,13 @@ def train_judge(
         patches = model.patch_head(vision.last_hidden_state[:, 1:]).float()
         shown = torch.where(mirrored.view(-1, 1, 1), labels[index].flip(2), labels[index])
         named = F.cross_entropy(patches.flatten(0, 1), shown.to(device).flatten())
-        return contrast + PATCH_LOSS_WEIGHT * named
+        where = places[index].clone()
+        where[mirrored, :, 0] *= -1
+        where = where.to(device)
+        present = ~where.isnan()
+        guess = model.place_head(vision.pooler_output).float().view_as(where)
+        placed = F.smooth_l1_loss(guess[present], where[present], beta=0.1)
+        return contrast + PATCH_LOSS_WEIGHT * named + PLACE_LOSS_WEIGHT * placed
 
     trainer.run(loss_fn)
     model.float()

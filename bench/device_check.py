@@ -1,0 +1,230 @@
+"""One run on a GPU machine: is everything right, which launch configs suit it, how fast is it against what there is.
+
+    python bench/device_check.py
+
+from a plain checkout: torch and triton are enough, nothing needs to be installed. After the device's ceilings come four
+stages (correctness, tuning, correctness of odd shapes with what was tuned, benchmarks), each with a time budget that
+together stay under nine minutes; what a stage has when its time is out is kept. Where only some stages are asked for,
+they share the time of all. Results go to ``bench/results/<device>/<date>.json``, or to the folder that the environment
+variable OUT names; tuned launch configs go where the kernels look for them, and beside the results. A table comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = {"correctness": 110.0, "tuning": 160.0, "tuned": 30.0, "benchmarks": 180.0}
+SAVE_EVERY = 5.0
+
+
+def map_package() -> None:
+    """Makes this checkout's ``kernels`` importable as ``catimage_accel.kernels``, and nothing else of the package."""
+    package = ModuleType("catimage_accel")
+    package.__path__ = []
+    folder = ROOT / "kernels"
+    spec = importlib.util.spec_from_file_location(
+        "catimage_accel.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    kernels = importlib.util.module_from_spec(spec)
+    sys.modules |= {"catimage_accel": package, "catimage_accel.kernels": kernels}
+    package.kernels = kernels  # type: ignore[attr-defined]
+    spec.loader.exec_module(kernels)
+    sys.path.insert(0, str(ROOT / "bench" / "kernels"))
+
+
+def build_cuda() -> None:
+    """Compiles the CUDA kernels where nvcc is there and they are not; before they are imported."""
+    if not (ROOT / "kernels" / "cuda" / "catimage_accel_cuda.so").exists():
+        start = time.monotonic()
+        run = subprocess.run([sys.executable, ROOT / "kernels" / "cuda" / "build.py"], capture_output=True, text=True)
+        print((run.stdout + run.stderr).strip()[-2000:], f"({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def write(path: Path, content: Any) -> None:
+    """Atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Report:
+    """What was found so far, and the file that has it."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"about": about, "stages": {}}
+        self._saved = 0.0
+
+    def stage(self, name: str, rows: Iterable[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+        """Takes rows until there are no more or time is out; an error ends the stage, not the run."""
+        start = time.monotonic()
+        found: list[dict[str, Any]] = []
+        state: dict[str, Any] = {"complete": False, "rows": found}
+        self.content["stages"][name] = state
+        try:
+            for row in rows:
+                found.append(row)
+                if time.monotonic() - self._saved > SAVE_EVERY:
+                    self.save()
+                if time.monotonic() - start > seconds:
+                    break
+            else:
+                state["complete"] = True
+        except Exception as error:
+            state["error"] = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+        state["seconds"] = round(time.monotonic() - start, 1)
+        self.save()
+        end = "complete" if state["complete"] else state.get("error", "time is out")
+        print(f"{name}: {len(found)} rows in {state['seconds']} s, {end}", flush=True)
+        return found
+
+    def save(self) -> None:
+        """All of it, atomically."""
+        write(self.path, self.content)
+        self._saved = time.monotonic()
+
+
+def correctness(device: Any, *, odd_only: bool) -> Iterable[dict[str, Any]]:
+    from correctness import checks
+
+    for check in checks(device, odd_only=odd_only):
+        if not check.right:
+            print(f"WRONG {check}", flush=True)
+        share = check.share if check.share is None or math.isfinite(check.share) else str(check.share)
+        yield {**asdict(check), "share": share, "right": check.right}
+
+
+def tuning(device: Any, seconds: float, beside: Path) -> Iterable[dict[str, Any]]:
+    """Each op gets an equal share of the time that those before it left; an error ends its op, not the stage."""
+    from catimage_accel.kernels import tuning as configs
+    from catimage_accel.kernels.tuning.tune import TUNED_OPS, tune
+
+    end = time.monotonic() + seconds
+    for position, op in enumerate(TUNED_OPS):
+        now = time.monotonic()
+        entries = []
+        try:
+            for tuned in tune(op, device, until=now + (end - now) / (len(TUNED_OPS) - position)):
+                entries.append(tuned.entry)
+                for folder in {configs.FOLDER, beside}:
+                    write(folder / f"{op}.{configs.device_slug(device)}.json", entries)
+                yield asdict(tuned)
+        except Exception as error:
+            traceback.print_exc()
+            yield {"op": op, "error": f"{type(error).__name__}: {error}"}
+    configs.forget()
+
+
+def benchmarks(device: Any, timer: Any, ceilings: Any) -> Iterable[dict[str, Any]]:
+    """One op's workload after the other's, so that every op has some when time is out."""
+    import torch
+    from bench_attention import baselines
+    from correctness import OPS
+    from measure import calls, meaning, workloads
+
+    queues = {op: workloads(op) for op in OPS}
+    for turn in range(max(map(len, queues.values()))):
+        for op, queue in queues.items():
+            if turn >= len(queue):
+                continue
+            workload = queue[turn]
+            arguments = workload.arguments(device)
+            found: dict[str, Any] = {}
+            with torch.no_grad():
+                for name, call in calls(workload, arguments, baselines if op == "attention" else None).items():
+                    try:
+                        found[name] = meaning(workload, timer.time(call), ceilings)
+                    except Exception as error:
+                        found[name] = {"not_run": f"{type(error).__name__}: {str(error)[:200]}"}
+            yield {"op": op, "workload": workload.name, "batch": workload.batch, "dtype": str(workload.dtype),
+                   "implementations": found}  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]], ours: tuple[str, ...]) -> list[str]:
+    """A line a workload: our best, the best of the others, and torch.compile."""
+    lines = [f"{'':43}{'ours':>8} {'impl':6}{'best other':>10} {'':13}{'ratio':>5}{'compile':>8}{'%copy':>6}{'%mm':>5}"]
+    for row in rows:
+        found = {name: value for name, value in row["implementations"].items() if "ms" in value}
+        mine = min((name for name in found if name in ours), key=lambda name: found[name]["ms"], default=None)
+        theirs = min((name for name in found if name not in ours), key=lambda name: found[name]["ms"], default=None)
+        title = f"{row['op']} {row['workload']}".replace("channels_last", "NHWC").replace(", batch ", " b")[:42]
+        if mine is None or theirs is None:
+            lines.append(f"{title:43}not run")
+            continue
+        best, other = found[mine], found[theirs]
+        compiled = found.get("torch.compile", {"ms": math.nan})["ms"] / best["ms"]
+        lines.append(
+            f"{title:43}{best['ms']:8.4f} {mine:6}{other['ms']:10.4f} {theirs:13}{other['ms'] / best['ms']:5.2f}"
+            f"{compiled:8.2f}{best['percent_of_copy']:6.0f}{best['percent_of_matmul']:5.0f}"
+        )
+    return lines
+
+
+def main() -> None:
+    """Runs the stages that were asked for; exit code 1 where something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", choices=SECONDS, default=list(SECONDS))
+    args = parser.parse_args()
+    build_cuda()
+    map_package()
+    import torch
+    import triton
+
+    if not torch.cuda.is_available():
+        sys.exit("device_check: there is no CUDA device")
+    from measure import OURS, device_name, measure_ceilings, the_device
+
+    from catimage_accel.kernels.tuning import device_slug
+    from catimage_accel.kernels.tuning.timing import DeviceTimer
+
+    device = the_device()
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+    out = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "bench" / "results" / device_slug(device)
+    timer = DeviceTimer(device)
+    ceilings = measure_ceilings(device, timer)
+    about = {
+        "device": device_name(device), "date": date, "torch": torch.__version__, "triton": triton.__version__,
+        "python": sys.version.split()[0], "ceilings": asdict(ceilings),
+    }  # fmt: skip
+    print(json.dumps(about), flush=True)
+    report = Report(out / f"{date}.json", about)
+    share = sum(SECONDS.values()) / sum(SECONDS[name] for name in args.stages)
+    seconds = {name: value * share for name, value in SECONDS.items()}
+    stages = {
+        "correctness": lambda: correctness(device, odd_only=False),
+        "tuning": lambda: tuning(device, seconds["tuning"], out),
+        "tuned": lambda: correctness(device, odd_only=True),
+        "benchmarks": lambda: benchmarks(device, timer, ceilings),
+    }
+    rows = {name: report.stage(name, run(), seconds[name]) for name, run in stages.items() if name in args.stages}
+    print("\n".join(table(rows.get("benchmarks", []), OURS)))
+    checked = rows.get("correctness", []) + rows.get("tuned", [])
+    wrong = [row for row in checked if not row["right"]]
+    by_impl = dict(Counter(row["impl"] for row in checked))
+    copy, matmul = ceilings.copy_gb_s, {k.removeprefix("torch."): round(v) for k, v in ceilings.matmul_tflop_s.items()}
+    print(f"copy {copy:.0f} GB/s, matmul {matmul} TFLOP/s; checks {by_impl}, {len(wrong)} wrong; {report.path}")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

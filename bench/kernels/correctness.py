@@ -1,0 +1,159 @@
+"""What every implementation of every op is checked on, on a device, by the accuracy rule.
+
+Besides what SD1.5 and SDXL ask for: sizes that end inside a block, strided inputs, values that are hard on a sum, and
+tensors of more than 2^31 elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from measure import OURS
+
+from catimage_accel.kernels.attention.workload import of_size as attention_of_size
+from catimage_accel.kernels.geglu.workload import of_size as geglu_of_size
+from catimage_accel.kernels.group_norm.workload import of_size as group_norm_of_size
+from catimage_accel.kernels.guided_step.workload import of_size as guided_step_of_size
+from catimage_accel.kernels.layer_norm.workload import of_size as layer_norm_of_size
+from catimage_accel.kernels.tuning.workload import Arguments, Expected, Workload
+
+OPS = ("attention", "group_norm", "layer_norm", "geglu", "guided_step")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGE = 2**31
+
+
+@dataclass(frozen=True)
+class Check:
+    """One implementation on one workload."""
+
+    op: str
+    workload: str
+    dtype: str
+    impl: str
+    share: float | None  # of the error that is allowed; at most 1 is right
+    problem: str | None  # why there is no share, or what else is wrong
+
+    @property
+    def right(self) -> bool:
+        """By the accuracy rule."""
+        return self.problem is None and self.share is not None and self.share <= 1
+
+
+def changed(workload: Workload, name: str, change: Callable[[Arguments], Arguments]) -> Workload:
+    """The workload with other arguments."""
+
+    def make(dtype: torch.dtype, device: torch.device) -> Arguments:
+        return change(workload.make(dtype, device))
+
+    return replace(workload, name=name, make=make)
+
+
+def scaled(name: str, factor: float, offset: float) -> Callable[[Arguments], Arguments]:
+    """A change of one argument's distribution."""
+    return lambda arguments: {**arguments, name: arguments[name] * factor + offset}
+
+
+def from_one_projection(arguments: Arguments) -> Arguments:
+    """q, k and v as slices of one tensor."""
+    q, k, v = torch.stack([arguments[name] for name in ("q", "k", "v")], 2).unbind(2)
+    return {"q": q, "k": k, "v": v}
+
+
+def odd_workloads(dtype: torch.dtype) -> Iterator[Workload]:
+    """Small ones that go wrong first."""
+    for name, *sizes in (
+        ("keys end inside a block", 2, 130, 130, 2, 40), ("two texts, head_dim 80", 1, 70, 154, 1, 80),
+        ("head_dim 8", 1, 20, 20, 3, 8), ("head_dim 33", 1, 20, 20, 1, 33), ("head_dim 96", 1, 200, 200, 2, 96),
+        ("head_dim 128", 1, 200, 256, 2, 128), ("head_dim 256", 1, 200, 130, 1, 256), ("one key", 1, 1, 1, 1, 64),
+    ):  # fmt: skip
+        yield attention_of_size(name, dtype, *sizes)
+    qkv = attention_of_size("", dtype, 2, 300, 300, 4, 64)
+    yield changed(qkv, "slices of one projection", from_one_projection)
+    yield changed(qkv, "large scores", scaled("q", 12, 0))
+    for last in (False, True):
+        layout = "channels_last" if last else "NCHW"
+        yield group_norm_of_size(f"odd channels {layout}", dtype, (2, 15, 5, 3), 5, last, True)
+        yield group_norm_of_size(f"one pixel {layout}", dtype, (2, 6, 1, 1), 3, last, True)
+        yield group_norm_of_size(f"chunks end inside {layout}", dtype, (2, 70, 93, 91), 7, last, False)
+        plain = group_norm_of_size("", dtype, (1, 64, 80, 80), 4, last, False)
+        yield changed(plain, f"a mean of 300 standard deviations {layout}", scaled("x", 1, 300))
+    for width in (7, 320, 5000, 16384):
+        yield layer_norm_of_size(f"width {width}", dtype, (2, 9), width, True)
+    plain = layer_norm_of_size("", dtype, (2, 9), 640, False)
+    yield changed(plain, "a mean of 300 standard deviations", scaled("x", 1, 300))
+    yield geglu_of_size("odd width", dtype, (2, 7), 321)
+    yield changed(geglu_of_size("", dtype, (2, 7), 512), "gates far out", scaled("x", 8, 0))
+    for rescale in (0.0, 0.7):
+        yield guided_step_of_size(f"blocks end inside, rescale {rescale}", dtype, (3, 4, 24, 17), rescale)
+
+
+def large_workloads() -> Iterator[tuple[Workload, tuple[str, ...]]]:
+    """Tensors past what a 32-bit offset reaches, and which of their arguments have a batch."""
+    half = torch.float16
+    yield group_norm_of_size("2^31 values", half, (17, 128, 1024, 1024), 32, False, True), ("x", "shift")
+    yield group_norm_of_size("2^31 values, channels_last", half, (17, 128, 1024, 1024), 32, True, True), ("x", "shift")
+    yield layer_norm_of_size("2^31 values", half, (3300, 1024), 640, True), ("x", "residual")
+    yield geglu_of_size("2^31 values", half, (420, 1024), 2560), ("x",)
+    yield attention_of_size("2^31 values", half, 1030, 4096, 77, 8, 64), ("q", "k", "v")
+
+
+@torch.no_grad()
+def check(workload: Workload, device: torch.device) -> Iterator[Check]:
+    """Every implementation that there is."""
+    arguments = workload.arguments(device)
+    expected = Expected.of(workload, arguments)
+    for impl in OURS:
+        share, problem = None, None
+        try:
+            expected.poison()
+            share = expected.share(workload.run(arguments, impl))
+        except ValueError as error:
+            if impl != "triton":
+                continue  # the op has no such implementation, or it was not built
+            problem = str(error)
+        except Exception as error:  # whatever it is belongs in the report, and the others are checked still
+            problem = f"{type(error).__name__}: {str(error)[:300]}"
+        yield Check(workload.op, workload.name, str(workload.dtype), impl, share, problem)
+
+
+@torch.no_grad()
+def check_large(workload: Workload, batched: tuple[str, ...], device: torch.device) -> Iterator[Check]:
+    """That the last image's result is, to the bit, what it is alone."""
+    arguments = workload.arguments(device)
+    last: dict[str, Any] = {
+        name: value[-1:].clone(memory_format=torch.preserve_format) if name in batched else value
+        for name, value in arguments.items()
+    }
+    assert arguments[batched[0]].numel() > LARGE
+    for impl in OURS:
+        try:
+            alone = workload.run(last, impl)
+            together = workload.run(arguments, impl)
+            same = all(torch.equal(one, many[-1:]) for one, many in zip(alone, together, strict=True))
+            problem = None if same else "the last image differs from itself alone"
+        except ValueError as error:
+            if impl != "triton":
+                continue
+            problem = str(error)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error)[:300]}"
+        yield Check(workload.op, workload.name, str(workload.dtype), impl, None if problem else 0.0, problem)
+
+
+def checks(device: torch.device, *, odd_only: bool) -> Iterator[Check]:
+    """All of them, the odd and small ones first."""
+    for dtype in DTYPES:
+        for workload in odd_workloads(dtype):
+            yield from check(workload, device)
+    if odd_only:
+        return
+    for op in OPS:
+        for dtype in DTYPES:
+            for workload in import_module(f"catimage_accel.kernels.{op}.workload").workloads(2, dtype):
+                yield from check(workload, device)
+    for workload, batched in large_workloads():
+        yield from check_large(workload, batched, device)

@@ -1,0 +1,14 @@
+// Registers the CUDA kernels as torch.ops.catimage_accel_cuda.*
+#include <torch/csrc/stable/library.h>
+
+#include "group_norm.h"
+
+STABLE_TORCH_LIBRARY(catimage_accel_cuda, library) {
+  library.def(
+      "group_norm(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? shift) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(catimage_accel_cuda, CUDA, library) {
+  library.impl("group_norm", TORCH_BOX(&catimage_accel::group_norm));
+}

@@ -1,0 +1,35 @@
+"""``geglu``: the gated activation of a transformer's feed-forward layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from catimage_accel.kernels.dispatch import choose_impl
+from catimage_accel.kernels.geglu import reference
+from catimage_accel.kernels.geglu.validation import validate
+
+__all__ = ["geglu"]
+
+
+def geglu(x: Tensor, *, impl: str | None = None) -> Tensor:
+    """``value * gelu(gate)``, where ``value`` and ``gate`` are the two halves of the last dimension.
+
+    The GELU is the exact one, ``gate / 2 * (1 + erf(gate / sqrt(2)))`` (arXiv 2002.05202).
+
+    Args:
+        x: (..., 2 * width), any floating-point dtype; need not be contiguous.
+        impl: "reference" (torch's ``gelu`` and product), "triton" (float16, bfloat16 or float32) or ``None``, the best
+            available. Where a gradient is needed the reference runs.
+
+    Returns:
+        (..., width), contiguous, dtype of ``x``.
+
+    Raises:
+        ValueError: The shape, dtype or device is not accepted; names the argument, its value and what is.
+    """
+    validate(x)
+    if choose_impl(impl, "x", x) == "triton":
+        from catimage_accel.kernels.geglu import triton
+
+        return triton.geglu(x)
+    return reference.geglu(x)

@@ -1,0 +1,33 @@
+"""What ``layer_norm`` accepts."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def validate(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None) -> None:
+    """Raises ValueError naming the first argument that is off, its value and what is accepted."""
+    if x.ndim < 1 or not x.is_floating_point() or x.shape[-1] == 0:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; "
+            "accepted: a floating-point (..., width) tensor with width of at least 1"
+        )
+    width = (x.shape[-1],)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; accepted: x's, {tuple(x.shape)}, or None")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.shape != width:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; accepted: {tuple(width)}, one per column, or None"
+            )
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: x's, {x.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; accepted: x's device, {x.device}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps is {eps}; accepted: a finite number of 0 or more")
