@@ -29,7 +29,7 @@ class Features(StrEnum):
 
 FeaturesOption = Annotated[
     Features,
-    typer.Option(help="Compare prompts by counts and n-grams, or by counts and the catalog's text encoder."),
+    typer.Option(help="Compare prompts by n-grams and counts, or by the catalog's text encoder."),
 ]
 Neighbours = Annotated[int | None, typer.Option("--k", min=1, help="Neighbours; chosen by cross-validation if absent.")]
 Shrinkage = Annotated[
@@ -103,11 +103,10 @@ def evaluate_routers(
 def _knn(loaded: Catalog | None, features: Features, k: int | None, shrinkage: float | None) -> Callable[[], Router]:
     from catimage_accel.routing import CountFeatures, JointEmbedder, KNNRouter, NGramEmbedder, TextEncoderEmbedder
 
-    embedder: Embedder = NGramEmbedder()
+    embedder: Embedder = JointEmbedder(NGramEmbedder(), CountFeatures())
     if loaded is not None and features is Features.TEXT_ENCODER:
         embedder = TextEncoderEmbedder(loaded.resolve_model(loaded.candidates[0].model))
-    joint = JointEmbedder(embedder, CountFeatures())
-    return lambda: KNNRouter(joint, "auto" if k is None else k, "auto" if shrinkage is None else shrinkage)
+    return lambda: KNNRouter(embedder, "auto" if k is None else k, "auto" if shrinkage is None else shrinkage)
 
 
 def _print_evaluations(found: dict[str, Evaluation]) -> None:

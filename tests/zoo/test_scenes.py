@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,15 @@ from hypothesis import strategies as st
 from catimage_accel.zoo.captions import caption, near_misses
 from catimage_accel.zoo.objects import NOUNS, article, object_pictures, plural
 from catimage_accel.zoo.render import render
-from catimage_accel.zoo.scenes import BACKGROUNDS, IMAGE_SIZE, SceneSpec, draw_spec, lay_out, relation_holds
+from catimage_accel.zoo.scenes import (
+    BACKGROUNDS,
+    IMAGE_SIZE,
+    SceneSpec,
+    draw_spec,
+    lay_out,
+    mirrored_spec,
+    relation_holds,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -94,3 +104,18 @@ def test_hold_out_is_by_meaning_not_by_wording_or_order(split):
     reordered = [SceneSpec(tuple(reversed(spec.groups)), spec.background) for spec in specs if len(spec.groups) > 1]
     assert {spec.split for spec in reordered} == {split}
     assert any(spec.groups != again.groups for spec, again in zip(specs, reordered, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("relation", "mirrored"),
+    [("left", "right"), ("right", "left"), ("above", "above"), ("between", "between"), (None, None)],
+)
+def test_mirroring_exchanges_left_and_right_alone(relation, mirrored):
+    spec = SceneSpec((("dog", 1), ("cat", 1), ("bee", 1)), "pink", relation)
+    assert mirrored_spec(spec) == dataclasses.replace(spec, relation=mirrored)
+
+
+def test_odds_choose_what_near_misses_change():
+    spec = SceneSpec((("dog", 1), ("cat", 1)), "pink", "left")
+    misses = near_misses(spec, 3, np.random.default_rng(0), (0.0, 0.0, 1.0, 0.0))
+    assert {miss.relation for miss in misses} == {"right", "above", "below"}

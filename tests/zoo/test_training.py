@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
+from catimage_accel.zoo.objects import NOUNS
 from catimage_accel.zoo.scenes import SceneSpec, lay_out
-from catimage_accel.zoo.training.judge import patch_labels
+from catimage_accel.zoo.training.judge import noun_places, patch_labels
 from catimage_accel.zoo.training.loop import TrainConfig, Trainer
-from catimage_accel.zoo.training.parts import train_part
+from catimage_accel.zoo.training.parts import train_part, write_run
 
 CONFIG = TrainConfig(steps=40, batch_size=8, learning_rate=0.3, warmup=1, checkpoint_every=10, log_every=5)
 CPU = torch.device("cpu")
@@ -62,6 +69,60 @@ def test_patch_labels_mark_the_object_where_it_is():
     placed = scene.objects[0]
     assert labels[int(placed.y // 8), int(placed.x // 8)] == 0
     assert (labels == 108).sum() > 20
+
+
+def test_noun_places_are_the_means_of_the_objects_that_are_there():
+    scene = lay_out(SceneSpec((("dog", 2), ("cat", 1)), "pink"), np.random.default_rng(0))
+    places = noun_places(scene)
+    dogs = [(placed.x, placed.y) for placed in scene.objects if placed.noun == "dog"]
+    assert np.isfinite(places).all(axis=1).sum() == 2
+    assert places[NOUNS.index("dog")] * 32 + 32 == pytest.approx(np.mean(dogs, axis=0), abs=1e-4)
+
+
+TRAIN_UNTIL_STOPPED = """
+import sys, torch
+from pathlib import Path
+from torch import nn
+from catimage_accel.zoo import cli
+from catimage_accel.zoo.training import parts
+from catimage_accel.zoo.training.loop import TrainConfig, Trainer
+
+def train(part, work, device, steps):
+    model = nn.Linear(1, 1)
+    trainer = Trainer(model, TrainConfig(10**9, 1, 0.1, checkpoint_every=10**9), work, device, part)
+    trainer.run(lambda step, generator: model(torch.ones(1, 1, dtype=torch.bfloat16)).float().sum())
+
+parts.train_part = train
+cli.train("judge", Path(sys.argv[1]), None, "cpu", 1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["a service manager's", "a shell's"])
+def test_a_stop_signal_leaves_a_checkpoint(tmp_path, number):
+    run = subprocess.Popen(
+        [sys.executable, "-c", TRAIN_UNTIL_STOPPED, tmp_path], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    log = tmp_path / "loss.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(number)
+    _, stderr = run.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in stderr
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as stream:
+        assert int(stream.metadata()["step"]) >= 20
+
+
+def test_the_record_of_a_run_has_its_loss_curve_and_counts_a_step_once(tmp_path):
+    lines = [
+        {"step": step, "loss": loss, "seconds": step} for step, loss in ((20, 5.0), (40, 4.0), (40, 3.0), (60, 2.0))
+    ]
+    (tmp_path / "loss.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_run(tmp_path, CONFIG, CPU)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["loss_curve"] == [[20, 5.0], [40, 3.0], [60, 2.0]]
+    assert (run["final_loss"], run["seconds"]) == (2.0, 60)
 
 
 def test_unknown_part_is_named_with_the_parts_there_are(tmp_path):

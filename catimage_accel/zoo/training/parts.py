@@ -45,7 +45,7 @@ def train_part(part: str, work: Path, device: torch.device, steps: int | None = 
         return
     config = DEFAULTS[part] if steps is None else dataclasses.replace(DEFAULTS[part], steps=steps)
     _train[part](work, pieces, config, device)
-    _write_run(work / part, config, device)
+    write_run(work / part, config, device)
 
 
 def load_piece(pieces: Path, name: str) -> nn.Module | CLIPTokenizer:
@@ -125,12 +125,12 @@ def write_image_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _write_run(folder: Path, config: TrainConfig, device: torch.device) -> None:
+def write_run(folder: Path, config: TrainConfig, device: torch.device) -> None:
     """What the model card says of a run: settings, machine, versions, seconds, the loss curve at 50 points."""
     logged = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
     last = logged[-1]
     # a killed run logs the steps since its checkpoint twice: the later of two lines counts
-    losses = list({row["step"]: row["loss"] for row in logged if row["step"] <= last["step"]}.items())
+    losses = list({row["step"]: row["loss"] for row in logged}.items())
     stride = -(-len(losses) // CURVE_POINTS)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     run = {
