@@ -14,6 +14,7 @@ from catimage_accel.routing.routers import Router, check_candidates
 from catimage_accel.routing.table import ScoreTable
 
 CURVE_POINTS = 101
+GAIN_SHARES = (0.05, 0.1, 0.15, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Evaluation:
     ``gain_share`` is ``(area - hull_area) / (oracle_area - hull_area)``: 0 for a random mix, 1 for the oracle.
     ``qnc`` is the share of the best single candidate's cost at which its quality (``best_single``) is matched, None
     if it never is; ``max_quality`` the highest on the curve; ``quality_at`` the quality at shares of the dearest
-    candidate's cost (None: under the cheapest's). ``curve``, ``hull`` and ``oracle`` are the qualities at ``costs``,
+    candidate's cost (None: under the cheapest's); ``gain_at`` the quality above the best random mix of equal cost, at
+    such shares. ``curve``, ``hull`` and ``oracle`` are the qualities at ``costs``,
     evenly spaced.
     """
 
@@ -50,6 +52,7 @@ class Evaluation:
     best_single_candidate: str
     max_quality: Estimate
     quality_at: dict[str, float | None]
+    gain_at: dict[str, Estimate]
     costs: tuple[float, ...]
     curve: tuple[float, ...]
     hull: tuple[float, ...]
@@ -129,6 +132,7 @@ def judge(
     draws = (rng.integers(number, size=number) for _ in range(resamples))
     drawn = [judging.figures(np.bincount(rows, minlength=number)) for rows in draws]
     estimates = {name: _estimate(value, [draw[name] for draw in drawn], confidence) for name, value in figures.items()}
+    gain_at = {f"{share:.2f}": estimates.pop(f"gain_at_{share}") for share in GAIN_SHARES}
     cheapest, dearest = float(judged.costs.min()), float(judged.costs.max())
     costs = np.linspace(cheapest, dearest, CURVE_POINTS)
     curve, oracle, hull = judging.curves(np.ones(len(judged)))
@@ -141,6 +145,7 @@ def judge(
             f"{share:.2f}": float(curve.quality_at(share * dearest)) if share * dearest >= cheapest else None
             for share in (0.25, 0.5, 0.75)
         },
+        gain_at=gain_at,
         costs=tuple(costs.tolist()),
         curve=tuple(curve.quality_at(costs).tolist()),
         hull=tuple(hull.quality_at(costs).tolist()),
@@ -172,7 +177,10 @@ class _Judging:
         # Where the oracle gains nothing over the mix but rounding, there is nothing to have a share of.
         room = oracle_area - hull_area
         has_room = room > 1e-9 * max(1.0, abs(oracle_area))
+        at = np.array(GAIN_SHARES) * dearest
+        gains = np.where(at >= cheapest, curve.quality_at(at) - hull.quality_at(at), math.nan)
         return {
+            **{f"gain_at_{share}": float(gain) for share, gain in zip(GAIN_SHARES, gains, strict=True)},
             "area": area,
             "hull_area": hull_area,
             "oracle_area": oracle_area,

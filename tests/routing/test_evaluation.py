@@ -78,6 +78,13 @@ def test_published_ratings() -> None:
     assert found.candidates == RATINGS.candidates
     assert found.best_single_candidate == "DALLE_3"
     assert set(found.quality_at) == {"0.25", "0.50", "0.75"}
+    dearest = found.costs[-1]
+    for share, gain in found.gain_at.items():
+        cost = float(share) * dearest
+        if cost >= found.costs[0]:
+            drawn = np.interp(cost, found.costs, found.curve) - np.interp(cost, found.costs, found.hull)
+            assert gain.value == pytest.approx(drawn, abs=2e-3)
+            assert gain.low <= gain.value <= gain.high  # type: ignore[operator]
     for estimate in (found.area, found.hull_area, found.oracle_area, found.gain_share, found.best_single):
         assert estimate.low <= estimate.value <= estimate.high  # type: ignore[operator]
     read = json.loads(found.to_json())
@@ -110,6 +117,8 @@ def test_a_quality_never_reached_is_null() -> None:
     assert found.qnc.value is None
     assert json.loads(found.to_json())["qnc"]["value"] is None
     assert found.quality_at == {"0.25": None, "0.50": 0.5, "0.75": 0.5}
+    assert found.gain_at["0.25"].value is None
+    assert found.gain_at["0.75"].value == -0.5
 
 
 def test_without_headroom_there_is_no_gain_share() -> None:

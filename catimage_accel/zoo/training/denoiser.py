@@ -26,8 +26,8 @@ from catimage_accel.zoo.training.loop import TRAINING_ATTENTION, TrainConfig, Tr
 
 TEXT_WIDTH = 192
 CAPTION_DROPOUT = 0.1
-TEACHER = TrainConfig(steps=4000, batch_size=64, learning_rate=1.2e-3, warmup=150, ema_decay=0.998)
-SMALL = TrainConfig(steps=2500, batch_size=64, learning_rate=2e-3, warmup=150, ema_decay=0.998)
+TEACHER = TrainConfig(steps=5500, batch_size=64, learning_rate=1.2e-3, warmup=150, ema_decay=0.998)
+SMALL = TrainConfig(steps=2200, batch_size=64, learning_rate=2e-3, warmup=150, ema_decay=0.998)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -32,7 +32,7 @@ MISS_ODDS = (0.2, 0.35, 0.35, 0.1)  # noun, count, relation, background
 RELATION_WEIGHT, COUNT_WEIGHT = 3.0, 2.0  # how often a picture with a relation or a number is taken, against others
 PATCH_LOSS_WEIGHT = 0.5
 PLACE_LOSS_WEIGHT = 2.0
-DEFAULTS = TrainConfig(steps=4000, batch_size=96, learning_rate=1.5e-3, warmup=150, weight_decay=0.05, ema_decay=0.995)
+DEFAULTS = TrainConfig(steps=6400, batch_size=96, learning_rate=1.5e-3, warmup=150, weight_decay=0.05, ema_decay=0.995)
 
 
 def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
