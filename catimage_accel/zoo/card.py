@@ -26,7 +26,7 @@ of all training; every figure below is on held-out meanings.
 
 _COMMANDS = """\
 Each is made by `catimage zoo train PART`, in the order tokenizer, autoencoder, teacher, small, judge, with
-`--steps` as in the table. Loss curves: `loss.jsonl` in the part's work folder.
+`--steps` as in the table. Loss curves: `loss_curve` in `training.json`.
 """
 
 
