@@ -75,11 +75,24 @@ class FusedAttnProcessor(AttnProcessor2_0):
 
 @named_like(Attention)
 class FusedAttention(Attention):
-    """An attention layer whose processor learns that its projections were replaced.
+    """An attention layer that calls a fused processor at once, and tells it that its projections were replaced.
 
     LoRA puts layers of its own in their place and may leave changed weights, which torch counted no change of, when it
     puts them back.
     """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:
+        """Arguments and result are those of ``Attention``."""
+        if type(self.processor) is FusedAttnProcessor and not cross_attention_kwargs:
+            # ``Attention`` would look up the processor's signature, which takes longer than a small kernel.
+            return self.processor(self, hidden_states, encoder_hidden_states, attention_mask)
+        return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -107,7 +120,7 @@ def swap_attention(component: Any) -> None:
         layer = layers[name.removesuffix(".processor")]
         if type(processor) is AttnProcessor2_0 and head_dim(layer) <= MAX_TRITON_HEAD_DIM:
             processors[name] = FusedAttnProcessor(processor)
-        if type(layer) is Attention and layer.is_cross_attention:
+        if type(layer) is Attention and type(processors[name]) is FusedAttnProcessor:
             layer.__class__ = FusedAttention
         forget_text(layer)
     component.set_attn_processor(processors)

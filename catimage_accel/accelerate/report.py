@@ -89,7 +89,7 @@ def _look_at(module: nn.Module, path: str, found: _Found) -> None:
 def _look_at_attention(layer: Attention, path: str, found: _Found) -> None:
     if type(layer.processor) is FusedAttnProcessor:
         found.fused["attention"].append(path)
-        if type(layer) is FusedAttention and not layer.norm_cross:
+        if type(layer) is FusedAttention and layer.is_cross_attention and not layer.norm_cross:
             found.fused["text_cache"].append(path)
     elif type(layer.processor) is not AttnProcessor2_0:
         found.left_alone[path] = f"its processor is a {type(layer.processor).__name__}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
@@ -141,6 +142,28 @@ def test_hooks_see_what_goes_into_a_norm(when: str) -> None:
         [seen["accelerated"][i] for i in which], [seen["plain"][i] for i in which], atol=1e-5, rtol=1e-5
     )
     assert count(unet) == (RESNETS - 1, RESIDUALS - 1)
+
+
+def test_replaced_forwards_are_called() -> None:
+    """As offloading does it: weights are only there while a module's own ``forward`` runs."""
+    unet = tiny_unet()
+    expected = predict(unet)
+    called: list[str] = []
+
+    class Note(ModelHook):
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            called.append(names[module])
+            return args, kwargs
+
+    names = {module: name for name, module in unet.named_modules() if not list(module.children())}
+    for leaf in names:
+        add_hook_to_module(leaf, Note())
+    predict(unet)
+    plain = sorted(called)
+    called.clear()
+    accelerate(SimpleNamespace(unet=unet))
+    torch.testing.assert_close(predict(unet), expected, atol=1e-5, rtol=1e-5)
+    assert sorted(called) == plain
 
 
 def test_lower_precision(sd: StableDiffusionPipeline) -> None:
