@@ -13,6 +13,10 @@ from catimage_accel.accelerate.text_cache import TextCache
 from catimage_accel.kernels import attention
 from catimage_accel.kernels.attention import MAX_TRITON_HEAD_DIM
 
+# torch.compile cannot trace a method looked up on a class that diffusers allows in graphs; ``super`` fails where a hook
+# that bound the fused method outlives ``restore``.
+plain_forward = Attention.forward
+
 
 class FusedAttnProcessor(AttnProcessor2_0):
     """``AttnProcessor2_0`` over ``kernels.attention``, which projects a prompt once.
@@ -92,7 +96,7 @@ class FusedAttention(Attention):
         if type(self.processor) is FusedAttnProcessor and not cross_attention_kwargs:
             # ``Attention`` would look up the processor's signature, which takes longer than a small kernel.
             return self.processor(self, hidden_states, encoder_hidden_states, attention_mask)
-        return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
+        return plain_forward(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -13,6 +13,8 @@ from catimage_accel.accelerate.norms import FusedLayerNorm, add_and_norm
 from catimage_accel.kernels import geglu
 
 NORMS = ("norm1", "norm2", "norm3")
+# The function itself, as in ``attention``.
+plain_forward = BasicTransformerBlock.forward
 
 
 @named_like(GEGLU)
@@ -44,7 +46,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
         """As of ``BasicTransformerBlock``, whose own code runs what is out of the ordinary."""
         extra = cross_attention_kwargs or {}
         if hidden_states.ndim != 3 or self._chunk_size is not None or "gligen" in extra or "scale" in extra:
-            return BasicTransformerBlock.forward(
+            return plain_forward(
                 self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )  # fmt: skip

@@ -107,6 +107,27 @@ def test_chunks_switched_on_and_off() -> None:
     assert count(unet) == (RESNETS, RESIDUALS)
 
 
+@pytest.mark.parametrize("case", ["chunks", "GLIGEN", "autocast", "mask"])
+def test_what_is_out_of_the_ordinary_compiles_whole(case: str) -> None:
+    torch.compiler.reset()
+    unet = tiny_unet(attention_type="gated" if case == "GLIGEN" else "default")
+    arguments: dict[str, Any] = {}
+    if case == "chunks":
+        for module in unet.modules():
+            if isinstance(module, BasicTransformerBlock):
+                module.set_chunk_feed_forward(1, dim=0)
+    elif case == "GLIGEN":
+        arguments["cross_attention_kwargs"] = {"gligen": {"objs": torch.randn(2, 3, 32)}}
+        unet.position_net = torch.nn.Module()
+        unet.position_net.forward = lambda objs: objs
+    elif case == "mask":
+        arguments["encoder_attention_mask"] = torch.ones(2, 5, dtype=torch.bool)
+    accelerate(SimpleNamespace(unet=unet))
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        torch.testing.assert_close(predict(compiled, **arguments), predict(unet, **arguments), atol=1e-2, rtol=1e-2)
+
+
 def test_training_goes_diffusers_way() -> None:
     unet = tiny_unet(dropout=0.2).train()
     results = []

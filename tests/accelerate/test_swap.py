@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -165,6 +165,14 @@ def test_compiles_whole(sd: StableDiffusionPipeline) -> None:
     assert acceleration_report(sd).attention == ()
     with torch.no_grad():
         torch.testing.assert_close(changed, sd.unet._orig_mod(sample, 500, text).sample, atol=1e-4, rtol=0)
+
+
+def test_a_decoder_with_attention_compiles_whole(sdxl: StableDiffusionXLPipeline) -> None:
+    latents = torch.randn(1, 4, 4, 4)
+    with torch.no_grad():
+        expected = sdxl.vae.decoder(latents)
+        decoder = torch.compile(accelerate(sdxl).vae.decoder, fullgraph=True, backend="eager")
+        torch.testing.assert_close(decoder(latents), expected, atol=1e-4, rtol=0)
 
 
 def test_diffusers_finds_its_blocks_by_class_name(sd: StableDiffusionPipeline) -> None:
