@@ -97,11 +97,11 @@ def _stamp(to_k: nn.Module, to_v: nn.Module, text: Tensor) -> tuple[Any, ...] | 
     if type(to_k) is not nn.Linear or type(to_v) is not nn.Linear or is_hooked(to_k) or is_hooked(to_v):
         return None
     tensors = [text, *(source for source in _sources(to_k, to_v) if isinstance(source, Tensor))]
-    if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() for tensor in tensors):
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         return None
     try:
         places = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
-    except RuntimeError:  # inside vmap, where tensors have no memory of their own
+    except RuntimeError:  # inference tensors have no version, and those inside vmap no memory of their own
         return None
     # Work on another stream would not wait for what is kept.
     stream = torch.cuda.current_stream(text.device).cuda_stream if text.is_cuda else None

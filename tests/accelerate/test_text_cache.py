@@ -259,7 +259,7 @@ def test_accelerating_again_forgets(sd: StableDiffusionPipeline) -> None:
     assert kept(accelerate(sd).unet) == 0
 
 
-def in_inference_mode(unet: Any) -> None:
+def in_inference_mode(unet: Any) -> Tensor:
     with torch.inference_mode():
         text = new_text()
         unet(SAMPLE, 500, text)
@@ -267,32 +267,40 @@ def in_inference_mode(unet: Any) -> None:
         torch.testing.assert_close(
             unet(SAMPLE, 500, text).sample, unet(SAMPLE, 500, text.clone()).sample, atol=0, rtol=0
         )
+    return text
 
 
-def with_gradients(unet: Any) -> None:
-    unet(SAMPLE, 500, new_text()).sample.sum().backward()
+def with_gradients(unet: Any) -> Tensor:
+    text = new_text()
+    for _ in range(2):  # a graph that was kept could not be walked twice
+        unet(SAMPLE, 500, text).sample.sum().backward()
+    return text
 
 
-def with_autocast(unet: Any) -> None:
+def with_autocast(unet: Any) -> Tensor:
+    text = new_text()
     with torch.autocast("cpu", torch.bfloat16):
-        predict(unet, new_text())
+        predict(unet, text)
+    return text
 
 
-def traced(unet: Any) -> None:
+def traced(unet: Any) -> Tensor:
     unet.requires_grad_(False)
     text = new_text()
     with torch.no_grad():
         graph = torch.jit.trace(lambda sample, text: unet(sample, 500, text).sample, (SAMPLE, text), check_trace=False)
         torch.testing.assert_close(graph(SAMPLE, -text), unet(SAMPLE, 500, -text).sample, atol=1e-4, rtol=0)
+    return text
 
 
-def counted(unet: Any) -> None:
+def counted(unet: Any) -> Tensor:
     text = new_text()
     with FlopCounterMode(display=False) as first:
         predict(unet, text)
     with FlopCounterMode(display=False) as second:
         predict(unet, text)
     assert first.get_total_flops() == second.get_total_flops()
+    return text
 
 
 @pytest.mark.parametrize(
@@ -301,6 +309,7 @@ def counted(unet: Any) -> None:
     ids=["inference tensors have no version", "gradients flow", "autocast decides", "traced", "work is counted"],
 )
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_nothing_is_kept(unet: Any, call: Callable[[Any], None]) -> None:
-    call(unet)
+def test_nothing_is_kept(unet: Any, call: Callable[[Any], Tensor]) -> None:
+    text = call(unet)
     assert kept(unet) == 0
+    del text  # alive until here: what is kept would have gone with it
