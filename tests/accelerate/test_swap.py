@@ -2,70 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from pictures import draw, state
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from catimage_accel.accelerate import AccelerationReport, accelerate, acceleration_report, restore
 from catimage_accel.kernels.dispatch import choose_impl
-
-
-@pytest.fixture
-def sd(tiny_sd_folder: Path) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
-def sdxl(sd: StableDiffusionPipeline) -> StableDiffusionXLPipeline:
-    """SDXL's shape: two text encoders, added conditions, linear projections, attention in the decoder."""
-    torch.manual_seed(1)
-    text_config = CLIPTextConfig.from_dict(sd.text_encoder.config.to_dict() | {"projection_dim": 32})
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=80,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16), latent_channels=4, norm_num_groups=4, sample_size=64,
-    )  # fmt: skip
-    pipe = StableDiffusionXLPipeline(
-        vae=vae, unet=unet, scheduler=sd.scheduler, tokenizer=sd.tokenizer, tokenizer_2=sd.tokenizer,
-        text_encoder=CLIPTextModel(text_config), text_encoder_2=CLIPTextModelWithProjection(text_config),
-        add_watermarker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def draw(pipe: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return pipe("a red cat", num_inference_steps=3, generator=generator, output_type="pt").images
-
-
-def state(pipe: Any) -> dict[str, Any]:
-    """Every object that ``accelerate`` may touch, by identity, with its class and its attributes."""
-    found: dict[str, Any] = {}
-    for root in ("unet", "vae"):
-        component = getattr(pipe, root)
-        found |= {f"{root}.{name}": id(processor) for name, processor in component.attn_processors.items()}
-        for name, module in component.named_modules():
-            found[f"{root}.{name}"] = (id(module), type(module), sorted(vars(module)))
-        for name, tensor in component.state_dict(keep_vars=True).items():
-            found[f"{root}.{name} tensor"] = id(tensor)
-    return found
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -81,6 +35,13 @@ def test_same_image_and_exact_restore(family: str, request: pytest.FixtureReques
     resnets = [m for part in (pipe.unet, pipe.vae) for m in part.modules() if isinstance(m, ResnetBlock2D)]
     assert len(report.group_norm_silu) == 2 * len(resnets) + 3  # and the last norms of UNet, encoder and decoder
     assert len(report.group_norm) == sum("attentions" in name for name in report.group_norm) > 0
+    timed = [name for name, m in pipe.unet.named_modules() if isinstance(m, ResnetBlock2D)]
+    assert report.group_norm_shift == tuple(f"unet.{name}.norm2" for name in timed)
+    blocks = [name for name, m in pipe.unet.named_modules() if isinstance(m, BasicTransformerBlock)]
+    assert report.layer_norm == tuple(f"unet.{name}.norm{i}" for name in blocks for i in (1, 2, 3))
+    assert report.layer_norm_residual == tuple(f"unet.{name}.norm{i}" for name in blocks for i in (2, 3))
+    assert report.text_cache == tuple(f"unet.{name}.attn2" for name in blocks)
+    assert len(report.geglu) == sum(isinstance(m, GEGLU) for m in pipe.unet.modules()) == len(blocks) > 0
     assert report.left_alone == {}
 
     assert restore(pipe) is pipe
@@ -94,8 +55,8 @@ def test_the_kernels_run(sd: StableDiffusionPipeline, monkeypatch: pytest.Monkey
     with torch.no_grad():
         expected = sd.unet(sample, 500, text).sample
         accelerate(sd)
-        launched: list[str] = []
-        for op in ("attention", "group_norm"):
+        ops, launched = {"attention", "geglu", "group_norm", "layer_norm"}, []
+        for op in ops:
 
             def on_triton(impl: str | None, name: str, *tensors: Any, op: str = op) -> str:
                 launched.append(op)
@@ -103,7 +64,7 @@ def test_the_kernels_run(sd: StableDiffusionPipeline, monkeypatch: pytest.Monkey
 
             monkeypatch.setattr(sys.modules[f"catimage_accel.kernels.{op}"], "choose_impl", on_triton)
         torch.testing.assert_close(sd.unet(sample, 500, text).sample, expected, atol=1e-4, rtol=0)
-    assert set(launched) == {"attention", "group_norm"}
+    assert set(launched) == ops
 
 
 def test_saves_what_it_would_have_saved(sd: StableDiffusionPipeline, tmp_path: Path) -> None:
@@ -195,10 +156,39 @@ def test_compiles_whole(sd: StableDiffusionPipeline) -> None:
     with torch.no_grad():
         expected = sd.unet(sample, 500, text).sample
         accelerate(sd)
-        sd.unet = torch.compile(sd.unet, fullgraph=True, backend="eager")
+        sd.unet = torch.compile(sd.unet, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(sd.unet(sample, 500, text).sample, expected, atol=1e-4, rtol=0)
+        # Keys and values of a prompt would be constants of the graph.
+        text.mul_(2)
+        changed = sd.unet(sample, 500, text).sample
     restore(sd)
     assert acceleration_report(sd).attention == ()
+    with torch.no_grad():
+        torch.testing.assert_close(changed, sd.unet._orig_mod(sample, 500, text).sample, atol=1e-4, rtol=0)
+
+
+def test_a_decoder_with_attention_compiles_whole(sdxl: StableDiffusionXLPipeline) -> None:
+    latents = torch.randn(1, 4, 4, 4)
+    with torch.no_grad():
+        expected = sdxl.vae.decoder(latents)
+        decoder = torch.compile(accelerate(sdxl).vae.decoder, fullgraph=True, backend="eager")
+        torch.testing.assert_close(decoder(latents), expected, atol=1e-4, rtol=0)
+
+
+def test_diffusers_finds_its_blocks_by_class_name(sd: StableDiffusionPipeline) -> None:
+    sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
+    with torch.no_grad():
+        expected = sd.unet(sample, 500, text).sample
+        accelerate(sd).unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+        torch.testing.assert_close(sd.unet(sample, 500, text).sample, expected, atol=1e-4, rtol=0)
+
+
+def test_pickles_and_copies(sd: StableDiffusionPipeline) -> None:
+    sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
+    with torch.no_grad():
+        expected = accelerate(sd).unet(sample, 500, text).sample
+        for again in (pickle.loads(pickle.dumps(sd.unet)), copy.deepcopy(sd.unet)):
+            torch.testing.assert_close(again(sample, 500, text).sample, expected, atol=0, rtol=0)
 
 
 def test_channels_last_survives(sd: StableDiffusionPipeline) -> None:

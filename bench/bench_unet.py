@@ -1,0 +1,128 @@
+"""One call of the UNet: eager, compiled, accelerated, and both, on the same weights in one process.
+
+    python bench/bench_unet.py [--models sd15 sdxl] [--rows 2 16] [--dtype float16] [--seconds 540]
+
+from a plain checkout: torch, triton and diffusers are enough. Weights are random, shapes are SD1.5's at 512x512 and
+SDXL's at 1024x1024; with guidance an image is two rows. Medians of CUDA events; a ratio is the median of those within
+rounds. As in a pipeline, text stays the same from call to call, so that an accelerated UNet projects it once.
+Compiling SDXL takes minutes: ``--models`` and ``--rows`` split the work. Without a CUDA device a tiny UNet in float32
+stands in, and nothing is compiled unless ``--compile`` is given; what is checked then is that ``accelerate`` makes
+nothing slower. Results go to ``bench/results/<device>/``, or to the folder that the environment variable OUT names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from checkout import map_package
+
+map_package()
+
+import torch  # noqa: E402
+from families import FAMILIES, Family  # noqa: E402
+from interleaved import interleave, warm_up  # noqa: E402
+from measure import the_device  # noqa: E402
+from reporting import SMALL, about, print_table, result_file, save  # noqa: E402
+from torch import Tensor  # noqa: E402
+from variants import COMPILED, EAGER, VARIANTS, Variant, Weights  # noqa: E402
+
+TIMESTEP = 500
+MEASURING_SECONDS = {"cuda": 8.0, "cpu": 12.0}
+
+
+def call_of(
+    weights: Weights, variant: Variant, latents: Tensor, conditions: dict[str, Any], mode: str
+) -> Callable[[], Tensor]:
+    """Built when first called, so that an error is the variant's own."""
+    ready: list[Callable[[], Tensor]] = []
+
+    def call() -> Tensor:
+        if not ready:
+            unet = weights.pipeline(variant, mode=mode).unet
+            sample = latents.to(memory_format=variant.memory_format)
+            timestep = torch.tensor(TIMESTEP, device=latents.device)
+            ready.append(partial(unet, sample, timestep, return_dict=False, **conditions))
+        if variant.compiled and latents.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        return ready[0]()[0]
+
+    return call
+
+
+@torch.no_grad()
+def measure(
+    family: Family, rows: int, variants: list[Variant], args: argparse.Namespace, until: float
+) -> Iterator[dict[str, Any]]:
+    """A row a variant."""
+    device = the_device()
+    torch.compiler.reset()  # each size gets graphs of its own
+    weights = Weights(unet=family.new_unet(device, args.dtype))
+    latents = family.new_latents(rows, device, args.dtype)
+    conditions = family.new_conditions(rows, device, args.dtype)
+    calls = {each.name: call_of(weights, each, latents, conditions, args.mode) for each in variants}
+    run, not_run = warm_up(calls, until=until)
+    results = {name: call().float() for name, call in run.items()}
+    times = interleave(run, device, seconds=args.measuring or MEASURING_SECONDS[device.type])
+    for name in calls:
+        row: dict[str, Any] = {"model": family.name, "rows": rows, "variant": name}
+        if name not in times:
+            yield row | {"not_run": not_run[name]}
+            continue
+        low, high = times[name].spread()
+        row |= {"ms": times[name].ms, "p20": low, "p80": high, "repeats": len(times[name].rounds)}
+        for baseline in (EAGER.name, COMPILED.name):
+            if baseline in times:
+                row[f"times as fast as {baseline}"] = times[name].times_as_fast_as(times[baseline])
+        if EAGER.name in results:
+            exact = results[EAGER.name]
+            row["difference"] = float((results[name] - exact).abs().max() / exact.std())
+        yield row
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Of the table."""
+    start = [f"{row['model']}, {row['rows']} rows", row["variant"]]
+    if "ms" not in row:
+        return [*start, row["not_run"][:40], "", "", ""]
+    ratios = (row.get(f"times as fast as {name}") for name in (EAGER.name, COMPILED.name))
+    return [
+        *start, f"{row['ms']:.2f}", *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
+        f"{row['difference']:.1e}" if "difference" in row else "",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measures, saves after each size, prints."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=FAMILIES, default=["sd15", "sdxl"] if cuda else ["tiny"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[2, 16] if cuda else [2])
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default="float16" if cuda else "float32")
+    parser.add_argument("--mode", default="max-autotune", help="torch.compile's")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compiled variants too")
+    parser.add_argument("--measuring", type=float, help="seconds for the rounds of a size")
+    parser.add_argument("--seconds", type=float, default=540.0, help="nothing more is compiled after that")
+    args = parser.parse_args()
+    device, until = the_device(), time.monotonic() + args.seconds
+    facts = about(device, args.dtype)
+    path = result_file("unet", device, facts["date"])
+    rows: list[dict[str, Any]] = []
+    variants = [variant for variant in VARIANTS if args.compile or not variant.compiled]
+    for model in args.models:
+        for count in args.rows:
+            for row in measure(FAMILIES[model], count, variants, args, until):
+                print(row, flush=True)
+                rows.append(row)
+            save(path, facts, rows)
+    columns = ["", "variant", "ms", "x eager", "x compile", "difference"]
+    print_table(f"One UNet call, {facts['dtype']}, {facts['device']}; {path}", columns, [cells(row) for row in rows])
+    if not cuda:
+        print(SMALL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Times calls against each other: round by round, each once a round, so that what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+WARMUP = 3
+MOST_ROUNDS = 50
+
+
+@dataclass(frozen=True)
+class Times:
+    """One call's milliseconds in every round."""
+
+    rounds: list[float]
+
+    @property
+    def ms(self) -> float:
+        """The median."""
+        return statistics.median(self.rounds)
+
+    def spread(self) -> tuple[float, float]:
+        """What 20% and 80% of the rounds stay under."""
+        ordered = sorted(self.rounds)
+        return ordered[len(ordered) // 5], ordered[len(ordered) - 1 - len(ordered) // 5]
+
+    def times_as_fast_as(self, other: Times) -> float:
+        """Median of the ratios within each round."""
+        return statistics.median(theirs / mine for mine, theirs in zip(self.rounds, other.rounds, strict=True))
+
+
+Calls = Mapping[str, Callable[[], Any]]
+
+
+def warm_up(calls: Calls, *, until: float) -> tuple[Calls, dict[str, str]]:
+    """Those that run (compiled ones get compiled), and why others do not; none is begun after ``until`` (monotonic)."""
+    run: dict[str, Callable[[], Any]] = {}
+    not_run: dict[str, str] = {}
+    for name, call in calls.items():
+        if time.monotonic() > until:
+            not_run[name] = "time is out"
+            continue
+        try:
+            for _ in range(WARMUP):
+                call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            run[name] = call
+        except Exception as error:  # one that does not run here must not keep the others from being measured
+            not_run[name] = f"{type(error).__name__}: {str(error)[:300]}"
+    return run, not_run
+
+
+def interleave(calls: Calls, device: torch.device, *, seconds: float, least: int = 5) -> dict[str, Times]:
+    """Rounds for about ``seconds``, ``least`` at least. By CUDA events on a GPU; on a CPU in the process's CPU time.
+
+    CPU time, as other programs take turns on a busy machine: with one thread it is the time of an idle one.
+    """
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.monotonic() + seconds
+    order = random.Random(0)
+    for turn in range(MOST_ROUNDS):
+        if turn >= least and time.monotonic() > end:
+            break
+        # Caches hold what the call before left there, so nobody always comes after the same one.
+        for name in order.sample(list(calls), len(calls)):
+            found[name].append(_time(calls[name], device))
+    return {name: Times(rounds) for name, rounds in found.items()}
+
+
+def _time(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.process_time()
+        call()
+        return 1000 * (time.process_time() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))

@@ -1,0 +1,79 @@
+"""The ways to run a pipeline's models that the end-to-end benchmarks compare, on the same weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from catimage_accel.accelerate import accelerate
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of them."""
+
+    channels_last: bool = False
+    accelerated: bool = False
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        if not (self.accelerated or self.compiled):
+            parts = ["eager"]
+        else:
+            parts = ["accelerate()"] * self.accelerated + ["compile"] * self.compiled
+        return " + ".join(parts) + (", channels_last" if self.channels_last else "")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of weights and latents."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+EAGER = Variant()
+COMPILED = Variant(channels_last=True, compiled=True)
+VARIANTS = (
+    EAGER,
+    Variant(channels_last=True),
+    COMPILED,
+    Variant(accelerated=True),
+    Variant(channels_last=True, accelerated=True),
+    Variant(channels_last=True, accelerated=True, compiled=True),
+)
+
+
+class Weights:
+    """A pipeline's models in both layouts, each held once however many variants there are."""
+
+    def __init__(self, **models: nn.Module) -> None:
+        self._models = {torch.contiguous_format: models}
+
+    def pipeline(self, variant: Variant, *, mode: str) -> SimpleNamespace:
+        """Something with the models as attributes, ready to be called; ``mode`` is ``torch.compile``'s."""
+        layout = variant.memory_format
+        if layout not in self._models:
+            first = self._models[torch.contiguous_format]
+            self._models[layout] = {
+                name: copy.deepcopy(model).to(memory_format=layout) for name, model in first.items()
+            }
+        pipe = SimpleNamespace(**{name: _with_same_weights(model) for name, model in self._models[layout].items()})
+        if variant.accelerated:
+            accelerate(pipe)
+        if variant.compiled:
+            pipe.unet = torch.compile(pipe.unet, mode=mode, fullgraph=True, dynamic=False)
+            if hasattr(pipe, "vae"):
+                pipe.vae.decoder = torch.compile(pipe.vae.decoder, mode=mode, fullgraph=True, dynamic=False)
+        return pipe
+
+
+def _with_same_weights(model: Model) -> Model:
+    """New modules over the parameters of ``model``."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})

@@ -1,0 +1,81 @@
+"""Which models of a pipeline are accelerated, and what swapped modules ask of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+COMPONENTS = ("unet", "controlnet", "vae")
+
+Class = TypeVar("Class", bound=type)
+
+
+def components(pipe: Any) -> Iterator[tuple[str, Any]]:
+    """The pipeline's models that are accelerated, by path; what ``torch.compile`` wraps is unwrapped.
+
+    Raises:
+        ValueError: The pipeline has no ``UNet2DConditionModel``.
+    """
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    unet = _unwrapped(getattr(pipe, "unet", None))
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(
+            f"pipe is a {type(pipe).__name__} with unet {type(unet).__name__}; "
+            "accepted: a diffusers pipeline whose unet is a UNet2DConditionModel"
+        )
+    models = [(name, _unwrapped(getattr(pipe, name, None))) for name in COMPONENTS]
+    return (
+        (path, model)
+        for name, whole in models
+        for path, model in _single_models(name, whole)
+        if hasattr(model, "set_attn_processor")
+    )
+
+
+def _unwrapped(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def _single_models(name: str, model: Any) -> Iterator[tuple[str, Any]]:
+    nets = getattr(model, "nets", None)  # MultiControlNetModel
+    if isinstance(nets, nn.ModuleList):
+        yield from ((f"{name}.nets.{index}", _unwrapped(net)) for index, net in enumerate(nets))
+    else:
+        yield name, model
+
+
+def named_like(original: type) -> Callable[[Class], Class]:
+    """Gives a class the name of the one that it stands in for.
+
+    diffusers finds modules by the names of their classes (``compile_repeated_blocks``, ``device_map``); pickle goes by
+    ``__qualname__``, which stays.
+    """
+
+    def rename(cls: Class) -> Class:
+        cls.__name__ = original.__name__
+        return cls
+
+    return rename
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether someone sees or replaces what goes in or out of the module."""
+    # Each by its name: torch.compile does not trace a walk over ``vars``.
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def one_dtype(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all share a dtype that autocast leaves alone: else torch's own ops decide what to compute in."""
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    return all(other is None or other.dtype == x.dtype for other in others)

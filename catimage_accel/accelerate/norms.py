@@ -1,0 +1,76 @@
+"""Normalisations over the fused ops, with what comes right before or after them taken in."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from catimage_accel.accelerate.modules import is_hooked, one_dtype
+from catimage_accel.kernels import group_norm, layer_norm
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` over ``kernels.group_norm``, with the SiLU that follows it where ``activation`` is "silu"."""
+
+    activation: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` is (batch, channels, ...)."""
+        # A hook that bound this method may outlive ``restore``, which takes the attribute away.
+        activation = getattr(self, "activation", None)
+        if not one_dtype(x, self.weight):
+            y = nn.GroupNorm.forward(self, x)
+            return nn.functional.silu(y) if activation == "silu" else y
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, activation=activation)
+
+
+class FusedSiLU(nn.SiLU):
+    """The SiLU of a block whose norms apply it to images: left to do are the block's other inputs (time embedding)."""
+
+    norms_apply_it: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` has any shape; a 4D one is an image."""
+        if x.ndim == 4 and getattr(self, "norms_apply_it", False):
+            return x
+        return nn.functional.silu(x, inplace=self.inplace)
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last dimension by ``kernels.layer_norm``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` is (..., width)."""
+        if not one_dtype(x, self.weight):
+            return nn.LayerNorm.forward(self, x)
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def takes_sums(norm: nn.Module) -> bool:
+    """Whether a sum can move into the norm: it is fused, and nobody looks at what goes into it."""
+    return type(norm) in (FusedGroupNorm, FusedLayerNorm) and not is_hooked(norm)
+
+
+def shift_and_norm(norm: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
+    """``norm(x + shift)`` for a ``shift`` of (batch, channels)."""
+    if (
+        isinstance(norm, FusedGroupNorm)
+        and takes_sums(norm)
+        and shift.shape == x.shape[:2]
+        and one_dtype(x, shift, norm.weight)
+    ):
+        return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=norm.activation, shift=shift)
+    normalised: Tensor = norm(x + shift[:, :, None, None])
+    return normalised
+
+
+def add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """``norm(x + residual)``, and the sum."""
+    if (
+        isinstance(norm, FusedLayerNorm)
+        and takes_sums(norm)
+        and x.shape == residual.shape
+        and one_dtype(x, residual, norm.weight)
+    ):
+        return layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual)
+    total = x + residual
+    return norm(total), total

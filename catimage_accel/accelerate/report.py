@@ -1,0 +1,130 @@
+"""What of a pipeline runs on the fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from catimage_accel.accelerate import resnet, transformer
+from catimage_accel.accelerate.attention import FusedAttention, FusedAttnProcessor, head_dim
+from catimage_accel.accelerate.modules import components
+from catimage_accel.accelerate.norms import FusedGroupNorm, FusedLayerNorm, takes_sums
+from catimage_accel.accelerate.resnet import FusedResnetBlock2D
+from catimage_accel.accelerate.transformer import NORMS, FusedGEGLU, FusedTransformerBlock
+from catimage_accel.kernels.attention import MAX_TRITON_HEAD_DIM
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """What runs on the fused kernels. Names are module paths, from the pipeline's component on."""
+
+    attention: tuple[str, ...]
+    text_cache: tuple[str, ...]  # those of ``attention`` that project a prompt once
+    group_norm: tuple[str, ...]
+    group_norm_silu: tuple[str, ...]
+    group_norm_shift: tuple[str, ...]  # those of the two above that add a time embedding
+    layer_norm: tuple[str, ...]
+    layer_norm_residual: tuple[str, ...]  # those of ``layer_norm`` that add a residual
+    geglu: tuple[str, ...]
+    left_alone: dict[str, str]  # module path -> why
+
+
+def acceleration_report(pipe: Any) -> AccelerationReport:
+    """What of a pipeline runs on the fused kernels at this moment, and what does not and why.
+
+    Raises:
+        ValueError: The pipeline has no ``UNet2DConditionModel``.
+    """
+    found = _Found()
+    for root, component in components(pipe):
+        for name, module in component.named_modules():
+            _look_at(module, f"{root}.{name}", found)
+    return AccelerationReport(
+        left_alone=found.left_alone, **{kind: tuple(names) for kind, names in found.fused.items()}
+    )
+
+
+KINDS = (
+    "attention", "text_cache", "group_norm", "group_norm_silu", "group_norm_shift", "layer_norm",
+    "layer_norm_residual", "geglu",
+)  # fmt: skip
+
+
+@dataclass
+class _Found:
+    fused: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+
+def attention_layers(pipe: Any) -> Iterator[tuple[str, Attention]]:
+    """By path."""
+    for root, component in components(pipe):
+        for name, module in component.named_modules():
+            if isinstance(module, Attention):
+                yield f"{root}.{name}", module
+
+
+def _look_at(module: nn.Module, path: str, found: _Found) -> None:
+    if isinstance(module, Attention):
+        _look_at_attention(module, path, found)
+    elif type(module) is FusedGroupNorm:
+        found.fused["group_norm" if module.activation is None else "group_norm_silu"].append(path)
+    elif type(module) is FusedGEGLU:
+        found.fused["geglu"].append(path)
+    elif isinstance(module, nn.GroupNorm | GEGLU):
+        found.left_alone[path] = _not_swapped(module, nn.GroupNorm, GEGLU)
+    elif isinstance(module, ResnetBlock2D):
+        _look_at_resnet(module, path, found)
+    elif isinstance(module, BasicTransformerBlock):
+        _look_at_transformer(module, path, found)
+
+
+def _look_at_attention(layer: Attention, path: str, found: _Found) -> None:
+    if type(layer.processor) is FusedAttnProcessor:
+        found.fused["attention"].append(path)
+        if type(layer) is FusedAttention and layer.is_cross_attention and not layer.norm_cross:
+            found.fused["text_cache"].append(path)
+    elif type(layer.processor) is not AttnProcessor2_0:
+        found.left_alone[path] = f"its processor is a {type(layer.processor).__name__}"
+    elif head_dim(layer) > MAX_TRITON_HEAD_DIM:
+        found.left_alone[path] = f"its head_dim, {head_dim(layer)}, is above {MAX_TRITON_HEAD_DIM}"
+    else:
+        found.left_alone[path] = "not accelerated"
+
+
+def _look_at_resnet(block: ResnetBlock2D, path: str, found: _Found) -> None:
+    if block.time_emb_proj is None:
+        return
+    if type(block) is not FusedResnetBlock2D:
+        found.left_alone[path] = resnet.reason_against(block) or _not_swapped(block, ResnetBlock2D)
+    elif takes_sums(block.norm2):
+        found.fused["group_norm_shift"].append(f"{path}.norm2")
+    else:
+        found.left_alone[path] = "its second norm is hooked or replaced"
+
+
+def _look_at_transformer(block: BasicTransformerBlock, path: str, found: _Found) -> None:
+    for name in NORMS:
+        norm = getattr(block, name, None)
+        if type(norm) is FusedLayerNorm:
+            found.fused["layer_norm"].append(f"{path}.{name}")
+        elif norm is not None:
+            found.left_alone[f"{path}.{name}"] = _not_swapped(norm, nn.LayerNorm)
+    if type(block) is not FusedTransformerBlock:
+        found.left_alone[path] = transformer.reason_against(block) or _not_swapped(block, BasicTransformerBlock)
+    elif block._chunk_size is not None:
+        found.left_alone[path] = "it feeds forward in chunks"
+    else:
+        sums = [f"{path}.{name}" for name in NORMS[1:] if takes_sums(getattr(block, name))]
+        found.fused["layer_norm_residual"] += sums
+
+
+def _not_swapped(module: nn.Module, *originals: type) -> str:
+    return "not accelerated" if type(module) in originals else f"it is a {type(module).__name__}"

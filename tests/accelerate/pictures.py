@@ -1,0 +1,26 @@
+"""What the tests of ``accelerate`` compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def draw(pipe: Any, **arguments: Any) -> torch.Tensor:
+    """Three steps from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a red cat", num_inference_steps=3, generator=generator, output_type="pt", **arguments).images
+
+
+def state(pipe: Any, roots: tuple[str, ...] = ("unet", "vae")) -> dict[str, Any]:
+    """Every object that ``accelerate`` may touch, by identity, with its class and its attributes."""
+    found: dict[str, Any] = {}
+    for root in roots:
+        component = getattr(pipe, root)
+        for name, module in component.named_modules():
+            found[f"{root}.{name}"] = (id(module), type(module), sorted(vars(module)))
+            found[f"{root}.{name}.processor"] = id(getattr(module, "processor", None))
+        for name, tensor in component.state_dict(keep_vars=True).items():
+            found[f"{root}.{name} tensor"] = id(tensor)
+    return found
