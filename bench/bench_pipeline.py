@@ -27,9 +27,9 @@ from diffusers import EulerDiscreteScheduler  # noqa: E402
 from families import FAMILIES, Family  # noqa: E402
 from interleaved import interleave, warm_up  # noqa: E402
 from measure import the_device  # noqa: E402
-from reporting import SMALL, about, print_table, result_file, save  # noqa: E402
+from reporting import SMALL, about, add_common_options, print_table, result_file, save  # noqa: E402
 from torch import Tensor  # noqa: E402
-from variants import COMPILED, EAGER, VARIANTS, Variant, Weights  # noqa: E402
+from variants import VARIANTS, Variant, Weights, ratio_cells, ratios  # noqa: E402
 
 GUIDANCE = 5.0
 LEAST_ROUNDS = 3
@@ -88,12 +88,8 @@ def measure(
         if name not in times:
             yield row | {"not_run": not_run[name]}
             continue
-        low, high = times[name].spread()
-        row |= {"ms": times[name].ms, "p20": low, "p80": high, "repeats": len(times[name].rounds)}
+        row |= times[name].figures() | ratios(times, name)
         row["images_a_second"] = 1000 * images / times[name].ms
-        for baseline in (EAGER.name, COMPILED.name):
-            if baseline in times:
-                row[f"times as fast as {baseline}"] = times[name].times_as_fast_as(times[baseline])
         yield row
 
 
@@ -102,10 +98,9 @@ def cells(row: dict[str, Any]) -> list[str]:
     start = [f"{row['model']}, {row['steps']} steps, {row['images']} images", row["variant"]]
     if "ms" not in row:
         return [*start, row["not_run"][:40], "", "", ""]
-    ratios = (row.get(f"times as fast as {name}") for name in (EAGER.name, COMPILED.name))
     return [
         *start, f"{row['ms']:.1f}", f"{row['images_a_second']:.3f}",
-        *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
+        *ratio_cells(row),
     ]  # fmt: skip
 
 
@@ -116,11 +111,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("sdxl", "tiny"), default="sdxl" if cuda else "tiny")
     parser.add_argument("--steps", type=int, default=30 if cuda else 4)
     parser.add_argument("--images", nargs="+", type=int, default=[1, 8] if cuda else [1])
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default="float16" if cuda else "float32")
-    parser.add_argument("--mode", default="max-autotune", help="torch.compile's")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compiled variants too")
-    parser.add_argument("--measuring", type=float, help="seconds for the rounds of a size")
-    parser.add_argument("--seconds", type=float, default=540.0, help="nothing more is compiled after that")
+    add_common_options(parser)
     args = parser.parse_args()
     device, until = the_device(), time.monotonic() + args.seconds
     facts = about(device, args.dtype)

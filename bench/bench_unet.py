@@ -26,9 +26,9 @@ import torch  # noqa: E402
 from families import FAMILIES, Family  # noqa: E402
 from interleaved import interleave, warm_up  # noqa: E402
 from measure import the_device  # noqa: E402
-from reporting import SMALL, about, print_table, result_file, save  # noqa: E402
+from reporting import SMALL, about, add_common_options, print_table, result_file, save  # noqa: E402
 from torch import Tensor  # noqa: E402
-from variants import COMPILED, EAGER, VARIANTS, Variant, Weights  # noqa: E402
+from variants import EAGER, VARIANTS, Variant, Weights, ratio_cells, ratios  # noqa: E402
 
 TIMESTEP = 500
 MEASURING_SECONDS = {"cuda": 8.0, "cpu": 12.0}
@@ -72,11 +72,7 @@ def measure(
         if name not in times:
             yield row | {"not_run": not_run[name]}
             continue
-        low, high = times[name].spread()
-        row |= {"ms": times[name].ms, "p20": low, "p80": high, "repeats": len(times[name].rounds)}
-        for baseline in (EAGER.name, COMPILED.name):
-            if baseline in times:
-                row[f"times as fast as {baseline}"] = times[name].times_as_fast_as(times[baseline])
+        row |= times[name].figures() | ratios(times, name)
         if EAGER.name in results:
             exact = results[EAGER.name]
             row["difference"] = float((results[name] - exact).abs().max() / exact.std())
@@ -88,9 +84,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     start = [f"{row['model']}, {row['rows']} rows", row["variant"]]
     if "ms" not in row:
         return [*start, row["not_run"][:40], "", "", ""]
-    ratios = (row.get(f"times as fast as {name}") for name in (EAGER.name, COMPILED.name))
     return [
-        *start, f"{row['ms']:.2f}", *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
+        *start, f"{row['ms']:.2f}", *ratio_cells(row),
         f"{row['difference']:.1e}" if "difference" in row else "",
     ]  # fmt: skip
 
@@ -101,11 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=FAMILIES, default=["sd15", "sdxl"] if cuda else ["tiny"])
     parser.add_argument("--rows", nargs="+", type=int, default=[2, 16] if cuda else [2])
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default="float16" if cuda else "float32")
-    parser.add_argument("--mode", default="max-autotune", help="torch.compile's")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compiled variants too")
-    parser.add_argument("--measuring", type=float, help="seconds for the rounds of a size")
-    parser.add_argument("--seconds", type=float, default=540.0, help="nothing more is compiled after that")
+    add_common_options(parser)
     args = parser.parse_args()
     device, until = the_device(), time.monotonic() + args.seconds
     facts = about(device, args.dtype)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import math
 import os
@@ -25,29 +24,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ROOT, map_kernels
+
 SECONDS = {"correctness": 110.0, "tuning": 160.0, "tuned": 30.0, "benchmarks": 180.0}
 SAVE_EVERY = 5.0
-
-
-def map_package() -> None:
-    """Makes this checkout's ``kernels`` importable as ``catimage_accel.kernels``, and nothing else of the package."""
-    package = ModuleType("catimage_accel")
-    package.__path__ = []
-    folder = ROOT / "kernels"
-    spec = importlib.util.spec_from_file_location(
-        "catimage_accel.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    kernels = importlib.util.module_from_spec(spec)
-    sys.modules |= {"catimage_accel": package, "catimage_accel.kernels": kernels}
-    package.kernels = kernels  # type: ignore[attr-defined]
-    spec.loader.exec_module(kernels)
-    sys.path.insert(0, str(ROOT / "bench" / "kernels"))
 
 
 def build_cuda() -> None:
@@ -186,7 +168,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=SECONDS, default=list(SECONDS))
     args = parser.parse_args()
     build_cuda()
-    map_package()
+    map_kernels()
     import torch
     import triton
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-TEXT_TOKENS = 77
+from catimage_accel.kernels.tuning.workload import TEXT_TOKENS
 
 
 @dataclass(frozen=True)

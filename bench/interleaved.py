@@ -35,6 +35,11 @@ class Times:
         """Median of the ratios within each round."""
         return statistics.median(theirs / mine for mine, theirs in zip(self.rounds, other.rounds, strict=True))
 
+    def figures(self) -> dict[str, float | int]:
+        """The median, the spread and the number of rounds, as result files have them."""
+        low, high = self.spread()
+        return {"ms": self.ms, "p20": low, "p80": high, "repeats": len(self.rounds)}
+
 
 Calls = Mapping[str, Callable[[], Any]]
 

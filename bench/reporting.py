@@ -1,7 +1,8 @@
-"""Where the end-to-end benchmarks put what they found: a JSON file by device, and a table."""
+"""What the end-to-end benchmarks are asked, and where they put what they found: a JSON file by device, and a table."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
@@ -20,6 +21,16 @@ from measure import device_name
 from catimage_accel.kernels.tuning import device_slug
 
 SMALL = "No CUDA device: a tiny model on the CPU stands in. It says nothing about a GPU."
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """What every end-to-end benchmark may be asked."""
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default="float16" if cuda else "float32")
+    parser.add_argument("--mode", default="max-autotune", help="torch.compile's")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compiled variants too")
+    parser.add_argument("--measuring", type=float, help="seconds for the rounds of a size")
+    parser.add_argument("--seconds", type=float, default=540.0, help="nothing more is compiled after that")
 
 
 def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from interleaved import Times
 from torch import nn
 
 from catimage_accel.accelerate import accelerate
@@ -48,6 +50,22 @@ VARIANTS = (
     Variant(channels_last=True, accelerated=True),
     Variant(channels_last=True, accelerated=True, compiled=True),
 )
+BASELINES = (EAGER.name, COMPILED.name)
+
+
+def ratios(times: Mapping[str, Times], name: str) -> dict[str, float]:
+    """How many times as fast as the baselines that ran a variant is."""
+    return {_ratio(other): times[name].times_as_fast_as(times[other]) for other in BASELINES if other in times}
+
+
+def ratio_cells(row: dict[str, Any]) -> list[str]:
+    """Of the table: empty where a baseline did not run."""
+    found = (row.get(_ratio(other)) for other in BASELINES)
+    return ["" if ratio is None else f"{ratio:.3f}" for ratio in found]
+
+
+def _ratio(baseline: str) -> str:
+    return f"times as fast as {baseline}"
 
 
 class Weights:

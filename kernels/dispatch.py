@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -13,8 +13,7 @@ from catimage_accel.kernels import cuda
 from catimage_accel.kernels.tuning.impl import measured_impl
 
 Impl = Literal["reference", "triton", "cuda"]
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-CUDA_DTYPES = TRITON_DTYPES
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Constants, not functions: torch.compile cannot trace a look into the environment.
 TRITON_INSTALLED = find_spec("triton") is not None  # CPU builds of torch come without it
@@ -46,26 +45,24 @@ def choose_impl(
     if impl == "triton":
         if not TRITON_INSTALLED:
             raise ValueError("impl is 'triton', but triton is not installed: pip install catimage-accel[triton]")
-        if x.dtype not in TRITON_DTYPES:
-            raise ValueError(f"{name} has dtype {x.dtype}; impl 'triton' accepts {', '.join(map(str, TRITON_DTYPES))}")
+        if x.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; impl 'triton' accepts {', '.join(map(str, KERNEL_DTYPES))}")
         if not x.is_cuda and not TRITON_INTERPRETS:
             raise ValueError(f"{name} is on {x.device}; impl 'triton' accepts CUDA tensors")
     if impl == "cuda":
         if not cuda.BUILT:
             raise ValueError(f"impl is 'cuda', but its kernels are not built: {cuda.HOW_TO_BUILD}")
-        if x.dtype not in CUDA_DTYPES:
-            raise ValueError(f"{name} has dtype {x.dtype}; impl 'cuda' accepts {', '.join(map(str, CUDA_DTYPES))}")
+        if x.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; impl 'cuda' accepts {', '.join(map(str, KERNEL_DTYPES))}")
         if not x.is_cuda:
             raise ValueError(f"{name} is on {x.device}; impl 'cuda' accepts CUDA tensors")
     if impl == "reference" or needs_gradient(x, *others):
         return "reference"
-    if impl == "triton":
-        return "triton"
-    if impl == "cuda":
+    if impl is not None:
+        return cast(Impl, impl)
+    if op is not None and cuda.BUILT and x.is_cuda and x.dtype in KERNEL_DTYPES and measured_impl(op, x) == "cuda":
         return "cuda"
-    if op is not None and cuda.BUILT and x.is_cuda and x.dtype in CUDA_DTYPES and measured_impl(op, x) == "cuda":
-        return "cuda"
-    return "triton" if x.is_cuda and x.dtype in TRITON_DTYPES and TRITON_INSTALLED else "reference"
+    return "triton" if x.is_cuda and x.dtype in KERNEL_DTYPES and TRITON_INSTALLED else "reference"
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

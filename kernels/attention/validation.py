@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from catimage_accel.kernels.validation import check_same_kind
+
 
 def validate(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     """Raises ValueError naming the first argument that is off, its value and what is accepted."""
@@ -22,10 +24,6 @@ def validate(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
         )
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}; accepted: k's, {tuple(k.shape)}")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: q's, {q.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}; accepted: q's device, {q.device}")
+    check_same_kind("q", q, k=k, v=v)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; accepted: a finite number or None (1 / sqrt(head_dim))")

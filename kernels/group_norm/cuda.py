@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from catimage_accel.kernels.cuda import load
+from catimage_accel.kernels.group_norm.layout import is_dense
 
 load()
 
@@ -20,8 +21,8 @@ def _fake(
     silu: bool,
     shift: Tensor | None,
 ) -> Tensor:
-    dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
-    return torch.empty_like(x, memory_format=torch.preserve_format if dense else torch.contiguous_format)
+    # Without a copy of x: a PyTorch without CUDA cannot make one of a tensor that is said to be on a CUDA device.
+    return torch.empty_like(x, memory_format=torch.preserve_format if is_dense(x) else torch.contiguous_format)
 
 
 def group_norm(

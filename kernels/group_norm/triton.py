@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from catimage_accel.kernels.dispatch import register_triton_op
+from catimage_accel.kernels.group_norm.layout import is_dense
 from catimage_accel.kernels.group_norm.triton_moments import combine_kernel, moments_nchw_kernel, moments_nhwc_kernel
 from catimage_accel.kernels.tuning import launch_config
 
@@ -122,7 +123,7 @@ def group_norm_op(
     shift: Tensor | None = None,
 ) -> Tensor:
     """See :func:`catimage_accel.kernels.group_norm`."""
-    x = _dense(x)
+    x = x if is_dense(x) else x.contiguous()
     y = torch.empty_like(x)
     batch, channels = x.shape[:2]
     if x.numel() == 0:
@@ -183,12 +184,7 @@ def _fake(
     silu: bool,
     shift: Tensor | None = None,
 ) -> Tensor:
-    return torch.empty_like(_dense(x))
-
-
-def _dense(x: Tensor) -> Tensor:
-    """``x`` itself where it is dense in NC... or N...C order, else a contiguous copy."""
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+    return torch.empty_like(x if is_dense(x) else x.contiguous())
 
 
 _op = register_triton_op("group_norm", group_norm_op, _fake)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
+
+from catimage_accel.kernels.validation import check_eps, check_same_kind
 
 ACTIVATIONS = (None, "silu")
 
@@ -37,14 +37,7 @@ def validate(
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; accepted: ({channels},), one per channel, or None"
             )
-    for name, tensor in (("weight", weight), ("bias", bias), ("shift", shift)):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: x's, {x.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}; accepted: x's device, {x.device}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps is {eps}; accepted: a finite number of 0 or more")
+    check_same_kind("x", x, weight=weight, bias=bias, shift=shift)
+    check_eps(eps)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; accepted: {', '.join(map(repr, ACTIVATIONS))}")

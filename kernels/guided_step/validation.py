@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from catimage_accel.kernels.validation import check_same_device
+
 
 def validate(
     sample: Tensor,
@@ -30,7 +32,7 @@ def validate(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: sample's, {tuple(sample.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: a floating-point dtype")
-        _check_device(name, tensor, sample)
+        check_same_device("sample", sample, **{name: tensor})
     if noise_uncond is not None and noise_uncond.dtype != noise_cond.dtype:
         raise ValueError(f"noise_uncond has dtype {noise_uncond.dtype}; accepted: noise_cond's, {noise_cond.dtype}")
     if history is not None and history.dtype != sample.dtype:
@@ -42,7 +44,7 @@ def validate(
             f"coefficients has shape {tuple(coefficients.shape)} and dtype {coefficients.dtype}; "
             f"accepted: {(rows, 5)}, one row [s, e, h, p, q] per sample, in torch.float32"
         )
-    _check_device("coefficients", coefficients, sample)
+    check_same_device("sample", sample, coefficients=coefficients)
 
     if isinstance(guidance_scale, Tensor):
         if guidance_scale.shape != (rows,) or not guidance_scale.is_floating_point():
@@ -50,13 +52,8 @@ def validate(
                 f"guidance_scale has shape {tuple(guidance_scale.shape)} and dtype {guidance_scale.dtype}; "
                 f"accepted: a number or a floating-point tensor of shape {(rows,)}"
             )
-        _check_device("guidance_scale", guidance_scale, sample)
+        check_same_device("sample", sample, guidance_scale=guidance_scale)
     elif not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale is {guidance_scale}; accepted: a finite number or one per row")
     if not 0.0 <= guidance_rescale <= 1.0:
         raise ValueError(f"guidance_rescale is {guidance_rescale}; accepted: 0 to 1")
-
-
-def _check_device(name: str, tensor: Tensor, sample: Tensor) -> None:
-    if tensor.device != sample.device:
-        raise ValueError(f"{name} is on {tensor.device}; accepted: sample's device, {sample.device}")

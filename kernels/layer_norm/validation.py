@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
+
+from catimage_accel.kernels.validation import check_eps, check_same_kind
 
 
 def validate(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None) -> None:
@@ -22,12 +22,5 @@ def validate(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, 
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; accepted: {tuple(width)}, one per column, or None"
             )
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; accepted: x's, {x.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}; accepted: x's device, {x.device}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps is {eps}; accepted: a finite number of 0 or more")
+    check_same_kind("x", x, weight=weight, bias=bias, residual=residual)
+    check_eps(eps)

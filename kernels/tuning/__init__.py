@@ -64,7 +64,8 @@ def device_slug(device: torch.device) -> str:
 
 
 def forget() -> None:
-    """Configs are read from the files anew."""
+    """The files are read anew."""
+    read_entries.cache_clear()
     _entries.cache_clear()
 
 
@@ -74,11 +75,11 @@ def _distance(tuned: dict[str, int], shape: dict[str, int]) -> tuple[float, ...]
 
 @cache
 def _entries(op: str, slug: str) -> list[dict[str, Any]]:
-    defaults = _read(FOLDER / f"{op}.default.json")
+    defaults = read_entries(op, "default") or []
     if slug == "default":
         return defaults
-    path = FOLDER / f"{op}.{slug}.json"
-    if not path.is_file():
+    tuned = read_entries(op, slug)
+    if tuned is None:
         warnings.warn(
             f"no launch configs of {op} were tuned on {slug}: using those that fit any device; "
             "`catimage bench tune` measures better ones",
@@ -86,7 +87,6 @@ def _entries(op: str, slug: str) -> list[dict[str, Any]]:
             stacklevel=3,
         )
         return defaults
-    tuned = _read(path)
     return tuned + [entry for entry in defaults if not any(_covers(other["shape"], entry["shape"]) for other in tuned)]
 
 
@@ -94,6 +94,8 @@ def _covers(tuned: dict[str, int], default: dict[str, int]) -> bool:
     return all(tuned.get(name) == size for name, size in default.items())
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return entries
+@cache
+def read_entries(op: str, slug: str) -> list[dict[str, Any]] | None:
+    """What the op's file of a device holds; ``None`` where there is no such file."""
+    path = FOLDER / f"{op}.{slug}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -35,17 +33,5 @@ def measured_impl(op: str, x: torch.Tensor) -> str | None:
 @torch.compiler.assume_constant_result
 def measured(op: str, device: torch.device) -> list[dict[str, Any]]:
     """The entries of the device's file that name an implementation."""
-    return _read(op, device)
-
-
-@cache
-def _read(op: str, device: torch.device) -> list[dict[str, Any]]:
-    path = tuning.FOLDER / f"{op}.{tuning.device_slug(device)}.json"
-    if not path.is_file():
-        return []
-    return [entry for entry in json.loads(path.read_text(encoding="utf-8")) if "impl" in entry]
-
-
-def forget() -> None:
-    """The files are read anew."""
-    _read.cache_clear()
+    entries = tuning.read_entries(op, tuning.device_slug(device)) or []
+    return [entry for entry in entries if "impl" in entry]

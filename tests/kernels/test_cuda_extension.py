@@ -140,7 +140,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tuning, "device_slug", lambda device: "chip")
     monkeypatch.setattr(cuda, "BUILT", True)
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
-    tuned_impl.forget()
+    tuning.forget()
 
     def write(*entries: tuple[int, int, str | None]) -> None:
         content = [
@@ -154,7 +154,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "group_norm.chip.json").write_text(json.dumps(content))
 
     yield write
-    tuned_impl.forget()
+    tuning.forget()
 
 
 def test_cuda_is_chosen_only_where_it_was_measured_faster(measured: Any) -> None:
@@ -163,7 +163,7 @@ def test_cuda_is_chosen_only_where_it_was_measured_faster(measured: Any) -> None
 
     assert chosen(on_cuda(1, 2, 64, 64)) == "triton"  # nothing was measured
     measured((1, 64, "triton"), (1, 4096, "cuda"), (2, 4096, None))
-    tuned_impl.forget()
+    tuning.forget()
     sides = (2, 8, 20, 30, 64, 500)
     assert [chosen(on_cuda(1, 2, side, side)) for side in sides] == ["triton"] * 3 + ["cuda"] * 3
     assert chosen(channels_last(on_cuda(1, 2, 64, 64))) == "triton"  # a config, but no choice

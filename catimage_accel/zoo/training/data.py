@@ -31,9 +31,10 @@ def spec(index: int, split: Split) -> SceneSpec:
 
 def held_out_captions(number: int, start: int = 0) -> list[tuple[SceneSpec, str]]:
     """Test meanings ``start`` to ``start + number`` with one wording each."""
+    indices = range(start, start + number)
+    meanings = [spec(index, "test") for index in indices]
     return [
-        (spec(index, "test"), caption(spec(index, "test"), np.random.default_rng((3, index))))
-        for index in range(start, start + number)
+        (said, caption(said, np.random.default_rng((3, index)))) for index, said in zip(indices, meanings, strict=True)
     ]
 
 
