@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo test test-gpu lint device-check clean
+.PHONY: demo test test-gpu lint bench device-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/catimage demo --out $(OUT)
@@ -18,6 +18,9 @@ test: $(VENV)/installed-dev
 
 test-gpu: $(VENV)/installed-dev
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python bench/run.py
 
 # Takes the torch and triton that are there; nothing needs to be installed.
 device-check:

@@ -43,11 +43,15 @@ def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def result_file(benchmark: str, device: torch.device, date: str) -> Path:
-    """In ``bench/results/<device>/``, or in the folder that the environment variable OUT names."""
+def result_folder(device: torch.device) -> Path:
+    """``bench/results/<device>/``, or the folder that the environment variable OUT names."""
     slug = device_slug(device) if device.type == "cuda" else "cpu"
-    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "bench" / "results" / slug
-    return folder / f"{benchmark}-{date}.json"
+    return Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "bench" / "results" / slug
+
+
+def result_file(benchmark: str, device: torch.device, date: str) -> Path:
+    """Of one end-to-end benchmark."""
+    return result_folder(device) / f"{benchmark}-{date}.json"
 
 
 def save(path: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -20,13 +20,15 @@ texture are not in the caption and vary. One meaning in ten, by a hash of its no
 of all training; every figure below is on held-out meanings.
 
 **Pieces.** `model/` is a `StableDiffusionPipeline` folder: tokenizer, CLIP text encoder, teacher UNet
-(`unet`), a smaller UNet trained on its own with the same text encoder (`unet_small`), AutoencoderKL.
-`judge/` is a CLIP trained separately on rendered scenes; no picture is conditioned on it.
+(`unet`), AutoencoderKL, and a smaller UNet with the same text encoder (`unet_small`), trained on its own and for
+three quarters of the time on one or two objects, since easy prompts are what it is for. `judge/` is a CLIP
+trained separately on rendered scenes; no picture is conditioned on it.
 """
 
 _COMMANDS = """\
 Each is made by `catimage zoo train PART`, in the order tokenizer, autoencoder, teacher, small, judge, with
-`--steps` as in the table. Loss curves: `loss_curve` in `training.json`.
+`--steps` as in the table. Loss curves: `loss_curve` in `training.json`; the teacher's hold the place loss too (0.2
+times the distance between where a caption's noun is said to be and where it is).
 """
 
 

@@ -15,9 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from catimage_accel.zoo.objects import NOUNS
 from catimage_accel.zoo.scenes import SceneSpec, lay_out
-from catimage_accel.zoo.training.judge import noun_places, patch_labels
+from catimage_accel.zoo.training.judge import patch_labels
 from catimage_accel.zoo.training.loop import TrainConfig, Trainer
 from catimage_accel.zoo.training.parts import train_part, write_run
 
@@ -69,14 +68,6 @@ def test_patch_labels_mark_the_object_where_it_is():
     placed = scene.objects[0]
     assert labels[int(placed.y // 8), int(placed.x // 8)] == 0
     assert (labels == 108).sum() > 20
-
-
-def test_noun_places_are_the_means_of_the_objects_that_are_there():
-    scene = lay_out(SceneSpec((("dog", 2), ("cat", 1)), "pink"), np.random.default_rng(0))
-    places = noun_places(scene)
-    dogs = [(placed.x, placed.y) for placed in scene.objects if placed.noun == "dog"]
-    assert np.isfinite(places).all(axis=1).sum() == 2
-    assert places[NOUNS.index("dog")] * 32 + 32 == pytest.approx(np.mean(dogs, axis=0), abs=1e-4)
 
 
 TRAIN_UNTIL_STOPPED = """

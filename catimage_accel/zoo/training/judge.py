@@ -20,16 +20,17 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from catimage_accel.zoo.captions import caption, near_misses
 from catimage_accel.zoo.objects import NOUNS
-from catimage_accel.zoo.scenes import IMAGE_SIZE, Scene, SceneSpec, mirrored_spec
+from catimage_accel.zoo.scenes import IMAGE_SIZE, Scene, mirrored_spec
 from catimage_accel.zoo.training.autoencoder import to_pixels
-from catimage_accel.zoo.training.data import rendered, scene
+from catimage_accel.zoo.training.data import hard_scenes_weight, rendered, scene
 from catimage_accel.zoo.training.loop import TRAINING_ATTENTION, TrainConfig, Trainer
+from catimage_accel.zoo.training.places import noun_places
 
 PATCH = 8
 WIDTH = 192
 NEAR_MISSES = 4
 MISS_ODDS = (0.2, 0.35, 0.35, 0.1)  # noun, count, relation, background
-RELATION_WEIGHT, COUNT_WEIGHT = 3.0, 2.0  # how often a picture with a relation or a number is taken, against others
+RELATION_WEIGHT, COUNT_WEIGHT = 3.0, 2.0
 PATCH_LOSS_WEIGHT = 0.5
 PLACE_LOSS_WEIGHT = 2.0
 DEFAULTS = TrainConfig(steps=6400, batch_size=96, learning_rate=1.5e-3, warmup=150, weight_decay=0.05, ema_decay=0.995)
@@ -68,21 +69,6 @@ def patch_labels(picture: Scene) -> np.ndarray:
     return labels
 
 
-def noun_places(picture: Scene) -> np.ndarray:
-    """(len(NOUNS), 2): where each noun's objects are on average, x and y from -1 to 1; NaN for an absent noun."""
-    places = np.full((len(NOUNS), 2), np.nan, np.float32)
-    for noun, _ in picture.spec.groups:
-        centres = [(placed.x, placed.y) for placed in picture.objects if placed.noun == noun]
-        places[NOUNS.index(noun)] = np.mean(centres, axis=0) / (IMAGE_SIZE / 2) - 1
-    return places
-
-
-def _weight(spec: SceneSpec) -> float:
-    if spec.relation is not None:
-        return RELATION_WEIGHT
-    return COUNT_WEIGHT if any(count > 1 for _, count in spec.groups) else 1.0
-
-
 def train_judge(
     folder: Path, config: TrainConfig, device: torch.device, tokenizer: CLIPTokenizer, scenes: int = 96_000
 ) -> CLIPModel:
@@ -92,7 +78,7 @@ def train_judge(
     layouts = [scene(index, "train") for index in range(scenes)]
     labels = torch.from_numpy(np.stack([patch_labels(layout) for layout in layouts]))
     places = torch.from_numpy(np.stack([noun_places(layout) for layout in layouts]))
-    weights = torch.tensor([_weight(layout.spec) for layout in layouts])
+    weights = torch.tensor([hard_scenes_weight(layout.spec, RELATION_WEIGHT, COUNT_WEIGHT) for layout in layouts])
     model = _JudgeWithHeads(new_judge(tokenizer))
     model.clip.set_attn_implementation(TRAINING_ATTENTION)
     trainer = Trainer(model, config, folder, device, "judge")

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from catimage_accel.zoo.training import autoencoder, denoiser, judge
+from catimage_accel.zoo.training.data import easy_scenes_weight
 from catimage_accel.zoo.training.loop import TrainConfig
 from catimage_accel.zoo.training.tokenizer import build_tokenizer
 
@@ -84,7 +85,9 @@ def _train_teacher(work: Path, pieces: Path, config: TrainConfig, device: torch.
     tokenizer, vae = load_piece(pieces, "tokenizer"), load_piece(pieces, "vae").to(device)
     text_encoder = denoiser.new_text_encoder(tokenizer)
     unet = denoiser.new_teacher(vae.config.latent_channels)
-    denoiser.train_denoiser(work / "teacher", config, device, vae, tokenizer, text_encoder, unet)
+    denoiser.train_denoiser(
+        work / "teacher", config, device, vae, tokenizer, text_encoder, unet, denoiser.teacher_weight
+    )
     save_piece(text_encoder, pieces / "text_encoder")
     save_piece(unet, pieces / "unet")
 
@@ -94,7 +97,9 @@ def _train_small(work: Path, pieces: Path, config: TrainConfig, device: torch.de
     tokenizer, vae = load_piece(pieces, "tokenizer"), load_piece(pieces, "vae").to(device)
     unet = denoiser.new_small(vae.config.latent_channels)
     text_encoder = load_piece(pieces, "text_encoder")
-    denoiser.train_denoiser(work / "small", config, device, vae, tokenizer, text_encoder, unet, train_text=False)
+    denoiser.train_denoiser(
+        work / "small", config, device, vae, tokenizer, text_encoder, unet, easy_scenes_weight, train_text=False
+    )
     save_piece(unet, pieces / "unet_small")
 
 
