@@ -14,6 +14,8 @@ from torch import nn
 
 from catimage_accel.accelerate import resnet, transformer
 from catimage_accel.accelerate.attention import FusedAttention, FusedAttnProcessor, head_dim
+from catimage_accel.accelerate.compiled import CompiledForward
+from catimage_accel.accelerate.forwards import swapped_forwards
 from catimage_accel.accelerate.modules import components
 from catimage_accel.accelerate.norms import FusedGroupNorm, FusedLayerNorm, takes_sums
 from catimage_accel.accelerate.resnet import FusedResnetBlock2D
@@ -33,6 +35,8 @@ class AccelerationReport:
     layer_norm: tuple[str, ...]
     layer_norm_residual: tuple[str, ...]  # those of ``layer_norm`` that add a residual
     geglu: tuple[str, ...]
+    compiled: dict[str, str]  # path of a whole model -> mode of torch.compile
+    cuda_graphs: tuple[str, ...]  # whole models that CUDA graphs replay on a CUDA device
     left_alone: dict[str, str]  # module path -> why
 
 
@@ -46,8 +50,12 @@ def acceleration_report(pipe: Any) -> AccelerationReport:
     for root, component in components(pipe):
         for name, module in component.named_modules():
             _look_at(module, f"{root}.{name}", found)
+    forwards = dict(swapped_forwards(pipe))
     return AccelerationReport(
-        left_alone=found.left_alone, **{kind: tuple(names) for kind, names in found.fused.items()}
+        compiled={path: forward.mode for path, forward in forwards.items() if isinstance(forward, CompiledForward)},
+        cuda_graphs=tuple(path for path, forward in forwards.items() if forward.captures_graphs),
+        left_alone=found.left_alone,
+        **{kind: tuple(names) for kind, names in found.fused.items()},
     )
 
 
