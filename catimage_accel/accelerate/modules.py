@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 COMPONENTS = ("unet", "controlnet", "vae")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 Class = TypeVar("Class", bound=type)
 
@@ -29,6 +30,14 @@ def components(pipe: Any) -> Iterator[tuple[str, Any]]:
         )
     found = ((path, unwrapped(model)) for path, model in _models(pipe))
     return ((path, model) for path, model in found if hasattr(model, "set_attn_processor"))
+
+
+def text_encoders(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    """By path; what ``torch.compile`` wraps is unwrapped."""
+    for name in TEXT_ENCODERS:
+        model = unwrapped(getattr(pipe, name, None))
+        if isinstance(model, nn.Module):
+            yield name, model
 
 
 DECODER = "vae.decoder"

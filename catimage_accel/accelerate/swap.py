@@ -13,7 +13,7 @@ from torch import nn
 
 from catimage_accel.accelerate.attention import FusedAttention, FusedAttnProcessor, restore_attention, swap_attention
 from catimage_accel.accelerate.forwards import check_forwards, compile_mode, restore_forwards, swap_forwards
-from catimage_accel.accelerate.modules import components
+from catimage_accel.accelerate.modules import components, text_encoders
 from catimage_accel.accelerate.norms import FusedGroupNorm, FusedLayerNorm, FusedSiLU
 from catimage_accel.accelerate.report import attention_layers
 from catimage_accel.accelerate.resnet import FusedResnetBlock2D, swap_resnets
@@ -40,7 +40,7 @@ def accelerate(
     compile: bool | str = False,
     cuda_graphs: bool = False,
 ) -> Pipeline:
-    """Swaps the fused kernels into the UNet, ControlNets and image decoder of a pipeline, in place.
+    """Swaps the fused kernels into the UNet, ControlNets, decoder and CLIP text encoders of a pipeline, in place.
 
     Works on every pipeline whose ``unet`` is a diffusers ``UNet2DConditionModel`` (SD1.x, SD2.x, SDXL, text-to-image
     or other). Repeating it is harmless, and needed after something has set new attention processors, or has changed
@@ -74,6 +74,10 @@ def accelerate(
     mode = compile_mode(compile, cuda_graphs)
     models = list(components(pipe))
     check_forwards(pipe, mode, cuda_graphs)
+    for _, encoder in text_encoders(pipe):
+        from catimage_accel.accelerate.text_encoder import swap_text_encoder  # transformers is slow to import
+
+        swap_text_encoder(encoder)
     for _, component in models:
         swap_attention(component)
         swap_resnets(component)
@@ -105,12 +109,21 @@ def restore(pipe: Pipeline) -> Pipeline:
     """
     models = list(components(pipe))
     restore_forwards(pipe)
+    for _, encoder in text_encoders(pipe):
+        from catimage_accel.accelerate.text_encoder import restore_text_encoder
+
+        restore_text_encoder(encoder)
+        _restore_classes(encoder)
     for _, component in models:
         restore_attention(component)
-        for module in component.modules():
-            if type(module) in ORIGINALS:
-                original, attributes = ORIGINALS[type(module)]
-                module.__class__ = original
-                for name in attributes:
-                    module.__dict__.pop(name, None)
+        _restore_classes(component)
     return pipe
+
+
+def _restore_classes(component: nn.Module) -> None:
+    for module in component.modules():
+        if type(module) in ORIGINALS:
+            original, attributes = ORIGINALS[type(module)]
+            module.__class__ = original
+            for name in attributes:
+                module.__dict__.pop(name, None)
