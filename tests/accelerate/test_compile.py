@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from capturing import Compiler
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from pictures import draw, state
 from test_components import IMAGE, StableDiffusionControlNetPipeline, new_controlnet
@@ -37,35 +37,6 @@ def small() -> SimpleNamespace:
 def predict(unet: Any, sample: torch.Tensor = SAMPLE, text: torch.Tensor = TEXT) -> torch.Tensor:
     with torch.no_grad():
         return unet(sample, torch.tensor(500), text).sample
-
-
-class Compiler:
-    """``torch.compile`` with a backend that traces as the real one does, and generates no code."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-        self.graphs = 0
-
-    def __call__(self, forward: Any, **arguments: Any) -> Any:
-        self.calls.append(arguments)
-        others = {name: value for name, value in arguments.items() if name != "mode"}
-        return plain_compile(forward, backend=self.backend, **others)
-
-    def backend(self, graph: Any, example_inputs: list[Any]) -> Any:
-        self.graphs += 1
-        return graph
-
-
-plain_compile = torch.compile
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
-    torch.compiler.reset()
-    compiler = Compiler()
-    monkeypatch.setattr(torch, "compile", compiler)
-    yield compiler
-    torch.compiler.reset()
 
 
 def test_same_image_and_exact_restore(sd: StableDiffusionPipeline, compiler: Compiler) -> None:
@@ -213,11 +184,11 @@ def compiled_in_place(pipe: Any) -> None:
 
 
 def compiled_and_wrapped(pipe: Any) -> None:
-    pipe.unet = plain_compile(pipe.unet, backend="eager")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
 
 
 def decoder_compiled(sd: StableDiffusionPipeline) -> None:
-    sd.vae.decoder = plain_compile(sd.vae.decoder, backend="eager")
+    sd.vae.decoder = torch.compile(sd.vae.decoder, backend="eager")
 
 
 def offloaded(sd: StableDiffusionPipeline) -> None:

@@ -17,39 +17,11 @@ from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionM
 from pictures import draw, state
 from torch import Tensor, nn
 
-from catimage_accel.accelerate import accelerate, acceleration_report, cuda_graphs, restore
+from catimage_accel.accelerate import accelerate, acceleration_report, restore
 from catimage_accel.accelerate.cuda_graphs import MAX_GRAPHS, GraphedForward
 
 SAMPLE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 TEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))
-
-
-class Graph:
-    """Replays by calling again, into the tensors of the first result."""
-
-    def __init__(self, run: Callable[[], Any], result: Any) -> None:
-        self.run, self.result = run, result
-
-    def replay(self) -> None:
-        self.result.sample.copy_(self.run().sample)
-
-    def pool(self) -> int:
-        return id(self)
-
-
-@pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every capture's pool."""
-    pools: list[Any] = []
-
-    def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Graph, Any]:
-        pools.append(pool)
-        result = run()
-        return Graph(run, result), result
-
-    monkeypatch.setattr(cuda_graphs, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda_graphs, "capture", capture)
-    return pools
 
 
 @pytest.fixture
