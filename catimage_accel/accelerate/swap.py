@@ -52,8 +52,9 @@ def accelerate(
         tier: "lossless": the same maths, only rounding differs.
         compile: True, or a mode of ``torch.compile``: compiles UNet, ControlNets and decoder in place, each as one
             graph (``fullgraph=True``), without wrapping them: types and ``state_dict`` keys stay. A first call takes a
-            minute or more; one with another size compiles once more, for any size; LoRA loaded or unloaded compiles
-            anew. Goes with ``enable_model_cpu_offload`` called after it, not with sequential or group offloading.
+            minute or more; another batch or picture size compiles once more, then for any; LoRA that comes or goes
+            compiles anew. Goes with ``enable_model_cpu_offload`` called after it, not with sequential or group
+            offloading. Past torch's limit of compilations calls run uncompiled, with one warning.
         cuda_graphs: Replays UNet and ControlNets from CUDA graphs, captured at the first call with each size, which
             saves the time between kernels where they are short (small pictures, small batches, fast devices). With
             ``compile=True`` the graphs are ``torch.compile``'s, as in its mode "reduce-overhead". Without, whatever
