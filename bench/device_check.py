@@ -16,6 +16,7 @@ import datetime
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -33,10 +34,12 @@ SAVE_EVERY = 5.0
 
 
 def build_cuda() -> None:
-    """Compiles the CUDA kernels where nvcc is there and they are not; before they are imported."""
-    if not (ROOT / "kernels" / "cuda" / "catimage_accel_cuda.so").exists():
+    """Compiles the CUDA kernels where nvcc is there and they are not, as they are now; before they are imported."""
+    script = ROOT / "kernels" / "cuda" / "build.py"
+    build = runpy.run_path(str(script))
+    if not build["LIBRARY"].exists() or build["is_stale"](build["LIBRARY"]):
         start = time.monotonic()
-        run = subprocess.run([sys.executable, ROOT / "kernels" / "cuda" / "build.py"], capture_output=True, text=True)
+        run = subprocess.run([sys.executable, script], capture_output=True, text=True)
         print((run.stdout + run.stderr).strip()[-2000:], f"({time.monotonic() - start:.0f} s)", flush=True)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 COMPONENTS = ("unet", "controlnet", "vae")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 Class = TypeVar("Class", bound=type)
 
@@ -21,31 +22,54 @@ def components(pipe: Any) -> Iterator[tuple[str, Any]]:
     """
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    unet = _unwrapped(getattr(pipe, "unet", None))
+    unet = unwrapped(getattr(pipe, "unet", None))
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(
             f"pipe is a {type(pipe).__name__} with unet {type(unet).__name__}; "
             "accepted: a diffusers pipeline whose unet is a UNet2DConditionModel"
         )
-    models = [(name, _unwrapped(getattr(pipe, name, None))) for name in COMPONENTS]
-    return (
-        (path, model)
-        for name, whole in models
-        for path, model in _single_models(name, whole)
-        if hasattr(model, "set_attn_processor")
-    )
+    found = ((path, unwrapped(model)) for path, model in _models(pipe))
+    return ((path, model) for path, model in found if hasattr(model, "set_attn_processor"))
 
 
-def _unwrapped(model: Any) -> Any:
+def text_encoders(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    """By path; what ``torch.compile`` wraps is unwrapped."""
+    for name in TEXT_ENCODERS:
+        model = unwrapped(getattr(pipe, name, None))
+        if isinstance(model, nn.Module):
+            yield name, model
+
+
+DECODER = "vae.decoder"
+
+
+def denoisers_and_decoder(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    """UNet, ControlNets and the decoder's network, by path, as they stand in the pipeline."""
+    for path, model in _models(pipe):
+        if path == "vae":
+            path, model = DECODER, getattr(unwrapped(model), "decoder", None)
+        if isinstance(model, nn.Module):
+            yield path, model
+
+
+def _models(pipe: Any) -> Iterator[tuple[str, Any]]:
+    for name in COMPONENTS:
+        model = getattr(pipe, name, None)
+        nets = getattr(unwrapped(model), "nets", None)  # MultiControlNetModel
+        if isinstance(nets, nn.ModuleList):
+            yield from ((f"{name}.nets.{index}", net) for index, net in enumerate(nets))
+        else:
+            yield name, model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``Module.compile`` was called on the model."""
+    return unwrapped(model) is not model or model._compiled_call_impl is not None
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of what ``torch.compile`` made of it."""
     return getattr(model, "_orig_mod", model)
-
-
-def _single_models(name: str, model: Any) -> Iterator[tuple[str, Any]]:
-    nets = getattr(model, "nets", None)  # MultiControlNetModel
-    if isinstance(nets, nn.ModuleList):
-        yield from ((f"{name}.nets.{index}", _unwrapped(net)) for index, net in enumerate(nets))
-    else:
-        yield name, model
 
 
 def named_like(original: type) -> Callable[[Class], Class]:

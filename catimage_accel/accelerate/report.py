@@ -14,7 +14,9 @@ from torch import nn
 
 from catimage_accel.accelerate import resnet, transformer
 from catimage_accel.accelerate.attention import FusedAttention, FusedAttnProcessor, head_dim
-from catimage_accel.accelerate.modules import components
+from catimage_accel.accelerate.compiled import CompiledForward
+from catimage_accel.accelerate.forwards import swapped_forwards
+from catimage_accel.accelerate.modules import components, text_encoders
 from catimage_accel.accelerate.norms import FusedGroupNorm, FusedLayerNorm, takes_sums
 from catimage_accel.accelerate.resnet import FusedResnetBlock2D
 from catimage_accel.accelerate.transformer import NORMS, FusedGEGLU, FusedTransformerBlock
@@ -33,6 +35,8 @@ class AccelerationReport:
     layer_norm: tuple[str, ...]
     layer_norm_residual: tuple[str, ...]  # those of ``layer_norm`` that add a residual
     geglu: tuple[str, ...]
+    compiled: dict[str, str]  # path of a whole model -> mode of torch.compile
+    cuda_graphs: tuple[str, ...]  # whole models that CUDA graphs replay on a CUDA device
     left_alone: dict[str, str]  # module path -> why
 
 
@@ -46,8 +50,14 @@ def acceleration_report(pipe: Any) -> AccelerationReport:
     for root, component in components(pipe):
         for name, module in component.named_modules():
             _look_at(module, f"{root}.{name}", found)
+    for root, encoder in text_encoders(pipe):
+        _look_at_text_encoder(root, encoder, found)
+    forwards = dict(swapped_forwards(pipe))
     return AccelerationReport(
-        left_alone=found.left_alone, **{kind: tuple(names) for kind, names in found.fused.items()}
+        compiled={path: forward.mode for path, forward in forwards.items() if isinstance(forward, CompiledForward)},
+        cuda_graphs=tuple(path for path, forward in forwards.items() if forward.captures_graphs),
+        left_alone=found.left_alone,
+        **{kind: tuple(names) for kind, names in found.fused.items()},
     )
 
 
@@ -55,6 +65,9 @@ KINDS = (
     "attention", "text_cache", "group_norm", "group_norm_silu", "group_norm_shift", "layer_norm",
     "layer_norm_residual", "geglu",
 )  # fmt: skip
+
+
+CAUSAL = "its attention has a causal mask, which the kernel has not"
 
 
 @dataclass
@@ -124,6 +137,24 @@ def _look_at_transformer(block: BasicTransformerBlock, path: str, found: _Found)
     else:
         sums = [f"{path}.{name}" for name in NORMS[1:] if takes_sums(getattr(block, name))]
         found.fused["layer_norm_residual"] += sums
+
+
+def _look_at_text_encoder(root: str, encoder: nn.Module, found: _Found) -> None:
+    from catimage_accel.accelerate.text_encoder import FusedEncoderLayer, is_causal_attention, is_clip
+
+    if not is_clip(encoder):
+        found.left_alone[root] = f"it is a {type(encoder).__name__}"
+        return
+    for name, module in encoder.named_modules():
+        path = f"{root}.{name}"
+        if is_causal_attention(module):
+            found.left_alone[path] = CAUSAL
+        elif type(module) is FusedLayerNorm:
+            found.fused["layer_norm"].append(path)
+        elif isinstance(module, nn.LayerNorm):
+            found.left_alone[path] = _not_swapped(module, nn.LayerNorm)
+        elif type(module) is FusedEncoderLayer and takes_sums(module.layer_norm2):
+            found.fused["layer_norm_residual"].append(f"{path}.layer_norm2")
 
 
 def _not_swapped(module: nn.Module, *originals: type) -> str:

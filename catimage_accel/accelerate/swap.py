@@ -12,7 +12,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from catimage_accel.accelerate.attention import FusedAttention, FusedAttnProcessor, restore_attention, swap_attention
-from catimage_accel.accelerate.modules import components
+from catimage_accel.accelerate.forwards import check_forwards, compile_mode, restore_forwards, swap_forwards
+from catimage_accel.accelerate.modules import components, text_encoders
 from catimage_accel.accelerate.norms import FusedGroupNorm, FusedLayerNorm, FusedSiLU
 from catimage_accel.accelerate.report import attention_layers
 from catimage_accel.accelerate.resnet import FusedResnetBlock2D, swap_resnets
@@ -32,17 +33,32 @@ ORIGINALS: dict[type, tuple[type, tuple[str, ...]]] = {
 }
 
 
-def accelerate(pipe: Pipeline, *, tier: Literal["lossless"] = "lossless") -> Pipeline:
-    """Swaps the fused kernels into the UNet, ControlNets and image decoder of a pipeline, in place.
+def accelerate(
+    pipe: Pipeline,
+    *,
+    tier: Literal["lossless"] = "lossless",
+    compile: bool | str = False,
+    cuda_graphs: bool = False,
+) -> Pipeline:
+    """Swaps the fused kernels into the UNet, ControlNets, decoder and CLIP text encoders of a pipeline, in place.
 
     Works on every pipeline whose ``unet`` is a diffusers ``UNet2DConditionModel`` (SD1.x, SD2.x, SDXL, text-to-image
     or other). Repeating it is harmless, and needed after something has set new attention processors, or has changed
     weights through ``tensor.data`` between calls of the UNet on one and the same text tensor (whose keys and values are
-    kept). ``acceleration_report`` lists what was swapped; ``restore`` undoes it.
+    kept); the last call's options hold. ``acceleration_report`` lists what was swapped; ``restore`` undoes it.
 
     Args:
         pipe: The pipeline.
         tier: "lossless": the same maths, only rounding differs.
+        compile: True, or a mode of ``torch.compile``: compiles UNet, ControlNets and decoder in place, each as one
+            graph (``fullgraph=True``), without wrapping them: types and ``state_dict`` keys stay. A first call takes a
+            minute or more; another batch or picture size compiles once more, then for any; LoRA that comes or goes
+            compiles anew. Goes with ``enable_model_cpu_offload`` called after it, not with sequential or group
+            offloading. Past torch's limit of compilations calls run uncompiled, with one warning.
+        cuda_graphs: Replays UNet and ControlNets from CUDA graphs, captured at the first call with each size, which
+            saves the time between kernels where they are short (small pictures, small batches, fast devices). With
+            ``compile=True`` the graphs are ``torch.compile``'s, as in its mode "reduce-overhead". Without, whatever
+            changes the models (LoRA, offloading, a move) captures anew; the prompt is projected in every step.
 
     Returns:
         ``pipe``, the same object.
@@ -51,14 +67,23 @@ def accelerate(pipe: Pipeline, *, tier: Literal["lossless"] = "lossless") -> Pip
         UserWarning: Attention processors that someone set (IP-Adapter, custom) were left alone; names them.
 
     Raises:
-        ValueError: ``tier`` is unknown, or the pipeline has no UNet of that kind.
+        ValueError: An option is unknown, contradicts another, or does not fit the pipeline (CUDA graphs on the CPU, a
+            model that is compiled or hooked already), or the pipeline has no UNet of that kind. Nothing was swapped.
     """
     if tier != "lossless":
         raise ValueError(f"tier is {tier!r}; accepted: 'lossless'")
-    for _, component in components(pipe):
+    mode = compile_mode(compile, cuda_graphs)
+    models = list(components(pipe))
+    check_forwards(pipe, mode, cuda_graphs)
+    for _, encoder in text_encoders(pipe):
+        from catimage_accel.accelerate.text_encoder import swap_text_encoder  # transformers is slow to import
+
+        swap_text_encoder(encoder)
+    for _, component in models:
         swap_attention(component)
         swap_resnets(component)
         swap_transformers(component)
+    swap_forwards(pipe, mode, cuda_graphs)
     foreign = {
         name: processor
         for name, layer in attention_layers(pipe)
@@ -83,12 +108,23 @@ def restore(pipe: Pipeline) -> Pipeline:
     Raises:
         ValueError: The pipeline has no ``UNet2DConditionModel``.
     """
-    for _, component in components(pipe):
+    models = list(components(pipe))
+    restore_forwards(pipe)
+    for _, encoder in text_encoders(pipe):
+        from catimage_accel.accelerate.text_encoder import restore_text_encoder
+
+        restore_text_encoder(encoder)
+        _restore_classes(encoder)
+    for _, component in models:
         restore_attention(component)
-        for module in component.modules():
-            if type(module) in ORIGINALS:
-                original, attributes = ORIGINALS[type(module)]
-                module.__class__ = original
-                for name in attributes:
-                    module.__dict__.pop(name, None)
+        _restore_classes(component)
     return pipe
+
+
+def _restore_classes(component: nn.Module) -> None:
+    for module in component.modules():
+        if type(module) in ORIGINALS:
+            original, attributes = ORIGINALS[type(module)]
+            module.__class__ = original
+            for name in attributes:
+                module.__dict__.pop(name, None)

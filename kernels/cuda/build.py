@@ -1,4 +1,4 @@
-"""Compiles ``csrc/`` into the library of CUDA kernels: ``python -m catimage_accel.kernels.cuda.build``.
+"""Compiles ``csrc/`` into the library of CUDA kernels: ``python -m catimage_accel.kernels.cuda``.
 
 Takes nvcc and the headers of any PyTorch, also one without CUDA; no GPU. LibTorch's stable ABI is all that is used, so
 the library outlives an update of PyTorch. Only the standard library is imported: ``setup.py`` runs this file too, where
@@ -7,6 +7,7 @@ neither this package nor PyTorch need be installed.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -16,8 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+HOW_TO_BUILD = "python -m catimage_accel.kernels.cuda"
 LIBRARY = HERE / "catimage_accel_cuda.so"
 SOURCES = next((folder for folder in (HERE.parent / "csrc", HERE.parent.parent / "csrc") if folder.is_dir()), None)
+SUFFIXES = (".cu", ".cpp", ".cuh", ".h")
 # Devices before sm_80 have no bfloat16; those after sm_90 compile the PTX when they first load it.
 ARCHITECTURES = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90")
 FLAGS = (
@@ -45,12 +48,26 @@ def why_not() -> str | None:
         return "nvcc was not found"
     torch = find_torch()
     if torch is None:
-        return "PyTorch is not installed where this is built; once it is: python -m catimage_accel.kernels.cuda.build"
+        return f"PyTorch is not installed where this is built; once it is: {HOW_TO_BUILD}"
     if not (torch / "include/torch/csrc/stable/accelerator.h").is_file():
         return f"the PyTorch in {torch} has no headers of the stable ABI"
     if SOURCES is None:
         return "there is no csrc folder"
     return None
+
+
+def digest(sources: Path) -> str:
+    """Of the sources and how they are compiled, in hexadecimal: the library's build ID, which stripping leaves."""
+    state = hashlib.sha256(repr(FLAGS).encode())
+    for path in sorted(path for path in sources.iterdir() if path.suffix in SUFFIXES):
+        content = path.read_bytes()
+        state.update(f"{path.name} {len(content)} ".encode() + content)
+    return state.hexdigest()
+
+
+def is_stale(library: Path) -> bool:
+    """Whether the library was built from other sources than lie here; never so where none do."""
+    return SOURCES is not None and bytes.fromhex(digest(SOURCES)) not in library.read_bytes()
 
 
 def compile_library(target: Path, architectures: Sequence[str] = ARCHITECTURES) -> str:
@@ -75,6 +92,7 @@ def compile_library(target: Path, architectures: Sequence[str] = ARCHITECTURES) 
     command: list[str | Path] = [
         nvcc, *FLAGS, *(part for name in architectures for part in ("-gencode", name)), f"-I{torch / 'include'}",
         *sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp")),
+        "-Xlinker", f"--build-id=0x{digest(SOURCES)}",
         f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-o", unfinished,
     ]  # fmt: skip
     try:
@@ -87,8 +105,13 @@ def compile_library(target: Path, architectures: Sequence[str] = ARCHITECTURES) 
     return run.stdout
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Builds the library in its place, or exits saying what is missing."""
     if (missing := why_not()) is not None:
         sys.exit(f"the CUDA kernels cannot be built: {missing}")
     compile_library(LIBRARY)
     print(f"built {LIBRARY}")
+
+
+if __name__ == "__main__":
+    main()

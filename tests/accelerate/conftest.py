@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from capturing import Compiler, Graph
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from catimage_accel.accelerate import cuda_graphs
 
 
 @pytest.fixture
@@ -40,3 +45,27 @@ def sdxl(sd: StableDiffusionPipeline) -> StableDiffusionXLPipeline:
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
+    torch.compiler.reset()
+    compiler = Compiler()
+    monkeypatch.setattr(torch, "compile", compiler)
+    yield compiler
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every capture's pool."""
+    pools: list[Any] = []
+
+    def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Graph, Any]:
+        pools.append(pool)
+        result = run()
+        return Graph(run, result), result
+
+    monkeypatch.setattr(cuda_graphs, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    return pools

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+PARTS = ("unet", "vae", "controlnet", "text_encoder", "text_encoder_2")
+
 
 def draw(pipe: Any, **arguments: Any) -> torch.Tensor:
     """Three steps from a fixed seed."""
@@ -13,11 +15,10 @@ def draw(pipe: Any, **arguments: Any) -> torch.Tensor:
     return pipe("a red cat", num_inference_steps=3, generator=generator, output_type="pt", **arguments).images
 
 
-def state(pipe: Any, roots: tuple[str, ...] = ("unet", "vae")) -> dict[str, Any]:
+def state(pipe: Any) -> dict[str, Any]:
     """Every object that ``accelerate`` may touch, by identity, with its class and its attributes."""
     found: dict[str, Any] = {}
-    for root in roots:
-        component = getattr(pipe, root)
+    for root, component in ((root, getattr(pipe, root)) for root in PARTS if hasattr(pipe, root)):
         for name, module in component.named_modules():
             found[f"{root}.{name}"] = (id(module), type(module), sorted(vars(module)))
             found[f"{root}.{name}.processor"] = id(getattr(module, "processor", None))

@@ -17,6 +17,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from pictures import draw, state
 
 from catimage_accel.accelerate import accelerate, acceleration_report, restore
+from catimage_accel.accelerate.report import CAUSAL
 
 IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -40,8 +41,7 @@ def test_controlnet(sd: StableDiffusionPipeline, count: int) -> None:
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.controlnet, MultiControlNetModel) == (count > 1)
     image = IMAGE if count == 1 else [IMAGE] * count
-    roots = ("unet", "vae", "controlnet")
-    before, uncontrolled, expected = state(pipe, roots), draw(sd), draw(pipe, image=image)
+    before, uncontrolled, expected = state(pipe), draw(sd), draw(pipe, image=image)
     assert (expected - uncontrolled).abs().max() > 1e-3
 
     accelerate(pipe)
@@ -49,9 +49,9 @@ def test_controlnet(sd: StableDiffusionPipeline, count: int) -> None:
     torch.testing.assert_close(
         draw(pipe, image=image, guess_mode=True), draw(restore(pipe), image=image, guess_mode=True), atol=1e-4, rtol=0
     )
-    assert state(pipe, roots) == before
+    assert state(pipe) == before
     report = acceleration_report(accelerate(pipe))
-    assert report.left_alone == {}
+    assert set(report.left_alone.values()) == {CAUSAL}
     for index in range(count):
         root = "controlnet." if count == 1 else f"controlnet.nets.{index}."
         for names in (report.attention, report.text_cache, report.group_norm_shift, report.layer_norm_residual):
@@ -78,6 +78,6 @@ def test_other_decoders_stay_as_they_are(sd: StableDiffusionPipeline, kind: str)
     accelerate(sd)
     torch.testing.assert_close(draw(sd), expected, atol=1e-4, rtol=0)
     report = acceleration_report(sd)
-    assert report.left_alone == {}
+    assert set(report.left_alone.values()) == {CAUSAL}
     assert all(name.startswith("unet.") for name in report.group_norm_silu)
     assert state(restore(sd)) == before

@@ -68,6 +68,7 @@ def test_builds_without_spills_and_loads_without_a_gpu(architectures: tuple[str,
     assert len(registers) == KERNELS * chips
     assert max(registers) <= 128  # what leaves room for blocks of 512 threads
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.so"]
+    assert not build.is_stale(library)
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(

@@ -18,9 +18,11 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from catimage_accel.kernels import attention, group_norm, guided_step
+from catimage_accel.kernels import attention, geglu, group_norm, guided_step, layer_norm
 x = torch.ones(2, 4, 8, 8)
-assert attention(x, x, x).shape == group_norm(x, 2).shape == x.shape
+assert attention(x, x, x).shape == group_norm(x, 2).shape == layer_norm(x).shape == x.shape
+assert layer_norm(x, residual=x)[1].shape == x.shape
+assert geglu(x).shape == (2, 4, 8, 4)
 guided_step(x, x, None, torch.ones(2, 5), guidance_scale=1)
 try:
     group_norm(x, 2, impl="triton")
@@ -45,9 +47,12 @@ def test_torch_compile_sees_the_kernels() -> None:
     pytest.importorskip("triton")
     printed = run_without_interpreter(Path(__file__).with_name("trace_ops.py"))
     assert [json.loads(line) for line in printed.splitlines()] == [
+        {"op": "add_layer_norm", "kernels": ["layer_norm_kernel"]},
         {"op": "attention", "kernels": ["attention_kernel"]},
+        {"op": "geglu", "kernels": ["geglu_kernel"]},
         {"op": "group_norm", "kernels": ["moments_nchw_kernel", "combine_kernel", "apply_nchw_kernel"]},
         {"op": "guided_step", "kernels": ["moments_kernel", "step_kernel"]},
+        {"op": "layer_norm", "kernels": ["layer_norm_kernel"]},
     ]
 
 

@@ -1,0 +1,127 @@
+"""Another ``forward`` for a whole model (compiled, or replayed from CUDA graphs), and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from catimage_accel.accelerate.compiled import DEFAULT, WITHOUT_GRAPHS, CompiledForward, modes
+from catimage_accel.accelerate.cuda_graphs import GraphedForward
+from catimage_accel.accelerate.modules import DECODER, denoisers_and_decoder, is_compiled, unwrapped
+
+
+class ForwardSlot:
+    """What stands in a module's ``forward`` attribute.
+
+    Hooks that came later (offloading) hold on to it and call it when it is swapped out again: it then runs the module's
+    own ``forward``.
+    """
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self.plain = self.run = self.__wrapped__ = plain  # ``inspect.signature`` looks at ``__wrapped__``
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+def compile_mode(compile: Any, cuda_graphs: Any) -> str | None:
+    """The mode of ``torch.compile`` that the two arguments of ``accelerate`` ask for; ``None`` for not at all.
+
+    Raises:
+        ValueError: One of them is not accepted, or they contradict each other.
+    """
+    if not isinstance(cuda_graphs, bool):
+        raise ValueError(f"cuda_graphs is {cuda_graphs!r}; accepted: True or False")
+    if compile is False:
+        return None
+    mode = DEFAULT if compile is True else compile
+    if not isinstance(mode, str) or mode not in modes():
+        raise ValueError(
+            f"compile is {compile!r}; accepted: False, True ({DEFAULT!r}) or a mode of torch.compile, "
+            f"{', '.join(map(repr, modes()))}"
+        )
+    if not cuda_graphs or mode in WITHOUT_GRAPHS:
+        return mode
+    if mode != DEFAULT:
+        raise ValueError(
+            f"cuda_graphs is True, but compile is {compile!r}, a mode without CUDA graphs; accepted with "
+            f"cuda_graphs=True: False, True or {', '.join(map(repr, (DEFAULT, *WITHOUT_GRAPHS)))}"
+        )
+    return next(graphed for graphed, plain in WITHOUT_GRAPHS.items() if plain == DEFAULT)
+
+
+def check_forwards(pipe: Any, mode: str | None, cuda_graphs: bool) -> None:
+    """Raises ValueError where ``swap_forwards`` could not do what it is asked."""
+    if mode is None and not cuda_graphs:
+        return
+    option = "cuda_graphs" if mode is None else "compile"
+    for path, model in denoisers_and_decoder(pipe):
+        if is_compiled(model):
+            raise ValueError(
+                f"{option} is asked for, but {path} was given to torch.compile already; accepted: models that were "
+                "not, or compile=False, cuda_graphs=False"
+            )
+        if "forward" in vars(model) and _slot(model) is None:
+            raise ValueError(
+                f"{option} is asked for, but the forward of {path} was replaced, as offloading does; accepted: "
+                "models without hooks: call accelerate first and enable_model_cpu_offload() after it"
+            )
+        device = next((tensor.device for tensor in model.parameters()), None)
+        if cuda_graphs and path != DECODER and (device is None or device.type != "cuda"):
+            raise ValueError(
+                f"cuda_graphs is True, but {path} is on {device}; accepted: a pipeline on a CUDA device, as after "
+                "pipe.to('cuda'), or cuda_graphs=False"
+            )
+
+
+def swap_forwards(pipe: Any, mode: str | None, cuda_graphs: bool) -> None:
+    """Compiles, or graphs, or neither; what an earlier call did is undone.
+
+    The decoder runs once a picture, with kernels that take longer than their launches: it is compiled, but a graph
+    would only hold its memory.
+    """
+    for path, model in denoisers_and_decoder(pipe):
+        if mode is not None:
+            own_mode = WITHOUT_GRAPHS.get(mode, mode) if path == DECODER else mode
+            _open_slot(model).run = CompiledForward(_open_slot(model).plain, own_mode)
+        elif cuda_graphs and path != DECODER:
+            _open_slot(model).run = GraphedForward(model, _open_slot(model).plain)
+        else:
+            _close_slot(unwrapped(model))
+
+
+def restore_forwards(pipe: Any) -> None:
+    """The models' own."""
+    for _, model in denoisers_and_decoder(pipe):
+        _close_slot(unwrapped(model))
+
+
+def swapped_forwards(pipe: Any) -> Iterator[tuple[str, CompiledForward | GraphedForward]]:
+    """By the model's path."""
+    for path, model in denoisers_and_decoder(pipe):
+        slot = _slot(unwrapped(model))
+        if slot is not None and isinstance(slot.run, CompiledForward | GraphedForward):
+            yield path, slot.run
+
+
+def _slot(model: nn.Module) -> ForwardSlot | None:
+    slot = vars(model).get("forward_slot")
+    return slot if isinstance(slot, ForwardSlot) else None
+
+
+def _open_slot(model: nn.Module) -> ForwardSlot:
+    slot = _slot(model)
+    if slot is None:
+        slot = model.forward_slot = model.forward = ForwardSlot(model.forward)
+    return slot
+
+
+def _close_slot(model: nn.Module) -> None:
+    slot = _slot(model)
+    if slot is None:
+        return
+    slot.run = slot.plain
+    if vars(model).get("forward") is slot:
+        del model.forward, model.forward_slot
