@@ -31,8 +31,8 @@ TEXT_WIDTH = 192
 CAPTION_DROPOUT = 0.1
 RELATION_WEIGHT, COUNT_WEIGHT = 1.5, 2.0
 PLACE_LOSS_WEIGHT = 0.2
-TEACHER = TrainConfig(steps=5500, batch_size=64, learning_rate=1.2e-3, warmup=150, ema_decay=0.998)
-SMALL = TrainConfig(steps=2200, batch_size=64, learning_rate=2e-3, warmup=150, ema_decay=0.998)
+TEACHER = TrainConfig(steps=11700, batch_size=64, learning_rate=1.2e-3, warmup=150, ema_decay=0.998)
+SMALL = TrainConfig(steps=5000, batch_size=64, learning_rate=2e-3, warmup=150, ema_decay=0.998)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
