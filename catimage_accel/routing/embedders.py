@@ -86,7 +86,7 @@ class TextEncoderEmbedder:
     """
 
     def __init__(
-        self, folder: str | Path, *, tokenizer: Any = None, text_encoder: Any = None, batch_size: int = 64
+        self, folder: str | Path, *, tokenizer: Any = None, text_encoder: Any = None, batch_size: int = 8
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")

@@ -137,7 +137,11 @@ class KNNRouter(FittedRouter):
 
     def _nearest(self, vectors: np.ndarray, leave_out: np.ndarray | None = None) -> np.ndarray:
         """(n, training prompts) positions, nearest first; ``leave_out`` (n,) puts one of them last."""
-        distance = self._lengths[None, :] - 2 * vectors @ self._vectors.T + (vectors**2).sum(axis=1, keepdims=True)
+        import torch
+
+        # By torch: NumPy's own threads would wait for those of the text encoder, twice as long as that takes.
+        products = (torch.from_numpy(vectors) @ torch.from_numpy(self._vectors).T).numpy()
+        distance = self._lengths[None, :] - 2 * products + (vectors**2).sum(axis=1, keepdims=True)
         # Rounded, so that equally near prompts stay equal however many prompts are asked at once.
         distance = np.round(distance, 9)
         if leave_out is not None:
