@@ -153,7 +153,8 @@ def _quiet(axes: Axes) -> None:
 def _bars(axes: Axes, bars: list[tuple[str, float, str]], label: str) -> None:
     names, lengths, colours = zip(*bars, strict=True)
     drawn = axes.barh(np.arange(len(bars)), lengths, color=colours, height=0.66)
-    axes.bar_label(drawn, [label.format(length) for length in lengths], padding=3, fontsize=8, color=INK)
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # a label may lie on the line at 1
+    axes.bar_label(drawn, [label.format(length) for length in lengths], padding=3, fontsize=8, color=INK, bbox=paper)
     axes.set_yticks(np.arange(len(bars)), names)
     axes.invert_yaxis()
     axes.margins(x=0.14)
