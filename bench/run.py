@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,8 @@ def kernels(folder: Path) -> Rows:
     return list(rows.values())
 
 
-def unet(folder: Path) -> Rows:
-    """What ``bench_unet.py`` found."""
-    return _end_to_end("unet", folder)
-
-
-def pipeline(folder: Path) -> Rows:
-    """What ``bench_pipeline.py`` found."""
-    return _end_to_end("pipeline", folder)
-
-
-def _end_to_end(name: str, folder: Path) -> Rows:
+def end_to_end(name: str, folder: Path) -> Rows:
+    """What ``bench_<name>.py`` found."""
     _run(str(ROOT / "bench" / f"bench_{name}.py"), OUT=str(folder))
     (found,) = folder.glob(f"{name}-*.json")
     rows: Rows = json.loads(found.read_text())["rows"]
@@ -74,7 +66,11 @@ def _run(*arguments: str, **environment: str) -> None:
         raise SystemExit(f"run: {' '.join(arguments[:2])} ended with exit code {done.returncode}; see above")
 
 
-BENCHES: dict[str, Callable[[Path], Rows]] = {"kernels": kernels, "unet": unet, "pipeline": pipeline}
+BENCHES: dict[str, Callable[[Path], Rows]] = {
+    "kernels": kernels,
+    "unet": partial(end_to_end, "unet"),
+    "pipeline": partial(end_to_end, "pipeline"),
+}
 
 
 def main() -> None:

@@ -85,9 +85,11 @@ def swap_forwards(pipe: Any, mode: str | None, cuda_graphs: bool) -> None:
     for path, model in denoisers_and_decoder(pipe):
         if mode is not None:
             own_mode = WITHOUT_GRAPHS.get(mode, mode) if path == DECODER else mode
-            _open_slot(model).run = CompiledForward(_open_slot(model).plain, own_mode)
+            slot = _open_slot(model)
+            slot.run = CompiledForward(slot.plain, own_mode)
         elif cuda_graphs and path != DECODER:
-            _open_slot(model).run = GraphedForward(model, _open_slot(model).plain)
+            slot = _open_slot(model)
+            slot.run = GraphedForward(model, slot.plain)
         else:
             _close_slot(unwrapped(model))
 

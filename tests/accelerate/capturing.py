@@ -1,12 +1,16 @@
-"""Stand-ins for what takes long or needs a device: torch's code generation, and the capture of CUDA graphs."""
+"""Stand-ins for what takes long or needs a device: torch's code generation, CUDA graphs, kernels on a GPU."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+
+from catimage_accel.kernels.dispatch import choose_impl
 
 plain_compile = torch.compile
 
@@ -40,3 +44,16 @@ class Graph:
 
     def pool(self) -> int:
         return id(self)
+
+
+def on_triton(monkeypatch: pytest.MonkeyPatch, *ops: str) -> list[str]:
+    """Has the ops run on Triton, in the interpreter; the list gets an op's name each time one does."""
+    launched: list[str] = []
+    for op in ops:
+
+        def choose(impl: str | None, name: str, *tensors: Any, op: str = op) -> str:
+            launched.append(op)
+            return choose_impl("triton", name, *tensors)
+
+        monkeypatch.setattr(sys.modules[f"catimage_accel.kernels.{op}"], "choose_impl", choose)
+    return launched

@@ -12,21 +12,11 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
+from unets import tiny_unet
 
 from catimage_accel.accelerate import AccelerationReport, accelerate, acceleration_report, restore
 
 SAMPLE, TEXT = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
-
-
-def tiny_unet(**config: Any) -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        **{
-            "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 32,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": 2,
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "norm_num_groups": 8,
-        } | config
-    ).eval()  # fmt: skip
 
 
 def predict(unet: UNet2DConditionModel, **arguments: Any) -> Tensor:

@@ -12,26 +12,22 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from capturing import Compiler
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from pictures import draw, state
 from test_components import IMAGE, StableDiffusionControlNetPipeline, new_controlnet
+from unets import SAMPLE, TEXT, tiny_unet
 
 from catimage_accel.accelerate import accelerate, acceleration_report, restore
-
-SAMPLE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-TEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
 def small() -> SimpleNamespace:
     """A pipeline's UNet with the fewest blocks, as tracing each takes its time."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16,), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None,
-        norm_num_groups=8,
+    unet = tiny_unet(
+        block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",),
+        mid_block_type=None,
     )  # fmt: skip
-    return SimpleNamespace(unet=unet.eval())
+    return SimpleNamespace(unet=unet)
 
 
 def predict(unet: Any, sample: torch.Tensor = SAMPLE, text: torch.Tensor = TEXT) -> torch.Tensor:

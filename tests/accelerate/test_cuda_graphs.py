@@ -16,23 +16,19 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from pictures import draw, state
 from torch import Tensor, nn
+from unets import SAMPLE, TEXT, tiny_unet
 
 from catimage_accel.accelerate import accelerate, acceleration_report, restore
 from catimage_accel.accelerate.cuda_graphs import MAX_GRAPHS, GraphedForward
 
-SAMPLE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-TEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))
-
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 16), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        norm_num_groups=8,
+    model = tiny_unet(
+        block_out_channels=(16, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    accelerate(SimpleNamespace(unet=model.eval()))
+    accelerate(SimpleNamespace(unet=model))
     model.forward = GraphedForward(model, model.forward)
     return model
 

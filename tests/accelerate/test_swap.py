@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from capturing import on_triton
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
@@ -20,7 +19,6 @@ from torch import nn
 
 from catimage_accel.accelerate import AccelerationReport, accelerate, acceleration_report, restore
 from catimage_accel.accelerate.report import CAUSAL
-from catimage_accel.kernels.dispatch import choose_impl
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -58,14 +56,8 @@ def test_the_kernels_run(sd: StableDiffusionPipeline, monkeypatch: pytest.Monkey
     with torch.no_grad():
         expected = sd.unet(sample, 500, text).sample
         accelerate(sd)
-        ops, launched = {"attention", "geglu", "group_norm", "layer_norm"}, []
-        for op in ops:
-
-            def on_triton(impl: str | None, name: str, *tensors: Any, op: str = op) -> str:
-                launched.append(op)
-                return choose_impl("triton", name, *tensors)
-
-            monkeypatch.setattr(sys.modules[f"catimage_accel.kernels.{op}"], "choose_impl", on_triton)
+        ops = {"attention", "geglu", "group_norm", "layer_norm"}
+        launched = on_triton(monkeypatch, *ops)
         torch.testing.assert_close(sd.unet(sample, 500, text).sample, expected, atol=1e-4, rtol=0)
     assert set(launched) == ops
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from capturing import on_triton
 from diffusers import StableDiffusionXLPipeline
 from pictures import draw, state
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 from catimage_accel.accelerate import accelerate, acceleration_report, restore
 from catimage_accel.accelerate.report import CAUSAL
 from catimage_accel.kernels.accuracy import allowed_error, largest_error
-from catimage_accel.kernels.dispatch import choose_impl
 
 LAYERS = 2
 Encoder = CLIPTextModel | CLIPTextModelWithProjection
@@ -77,13 +76,7 @@ def test_the_kernel_runs_within_the_accuracy_rule(
     """On Triton, in the interpreter."""
     expected, exact = encode(encoder), encode(copy.deepcopy(encoder).double())
     swapped(sdxl, encoder)
-    launched: list[str] = []
-
-    def on_triton(impl: str | None, name: str, *tensors: Any) -> str:
-        launched.append(name)
-        return choose_impl("triton", name, *tensors)
-
-    monkeypatch.setattr(sys.modules["catimage_accel.kernels.layer_norm"], "choose_impl", on_triton)
+    launched = on_triton(monkeypatch, "layer_norm")
     for ours, torchs, reference in zip(encode(encoder), expected, exact, strict=True):
         assert largest_error(ours, reference) <= allowed_error(torchs, reference)
     assert len(launched) == 2 * LAYERS + 1

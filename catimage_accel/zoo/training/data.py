@@ -17,8 +17,6 @@ CHUNK = 500
 FIRST_MEASURED = 10_000  # test captions below this index are for profiling and for fitting routers
 SPLIT_SEED: dict[Split, int] = {"train": 1, "test": 2}
 
-FEW_OBJECTS_WEIGHTS = {1: 6.0, 2: 2.0, 3: 1.0, 4: 1.0}
-
 
 def scene(index: int, split: Split) -> Scene:
     """Scene ``index`` of a split: the same one on every machine."""
@@ -39,11 +37,6 @@ def hard_scenes_weight(spec: SceneSpec, relation: float, count: float) -> float:
     if spec.relation is not None:
         return relation
     return count if any(number > 1 for _, number in spec.groups) else 1.0
-
-
-def easy_scenes_weight(spec: SceneSpec) -> float:
-    """How often to take a scene, against others, for a part with room for little: one object first, then two."""
-    return FEW_OBJECTS_WEIGHTS[spec.num_objects]
 
 
 def held_out_captions(number: int, start: int = 0) -> list[tuple[SceneSpec, str]]:

@@ -30,6 +30,7 @@ from catimage_accel.zoo.training.places import PlaceLoss
 TEXT_WIDTH = 192
 CAPTION_DROPOUT = 0.1
 RELATION_WEIGHT, COUNT_WEIGHT = 1.5, 2.0
+FEW_OBJECTS_WEIGHTS = {1: 6.0, 2: 2.0, 3: 1.0, 4: 1.0}
 PLACE_LOSS_WEIGHT = 0.2
 TEACHER = TrainConfig(steps=11700, batch_size=64, learning_rate=1.2e-3, warmup=150, ema_decay=0.998)
 SMALL = TrainConfig(steps=5000, batch_size=64, learning_rate=2e-3, warmup=150, ema_decay=0.998)
@@ -113,6 +114,11 @@ def teacher_weight(spec: SceneSpec) -> float:
     return hard_scenes_weight(spec, RELATION_WEIGHT, COUNT_WEIGHT)
 
 
+def small_weight(spec: SceneSpec) -> float:
+    """How often the small UNet, which has room for little, sees a scene, against others: one object first, then two."""
+    return FEW_OBJECTS_WEIGHTS[spec.num_objects]
+
+
 def train_denoiser(
     folder: Path,
     config: TrainConfig,
@@ -133,7 +139,7 @@ def train_denoiser(
     latents = _latents(folder.parent, vae, scenes)
     layouts = [scene(index, "train") for index in range(scenes)]
     weights = torch.tensor([weight(layout.spec) for layout in layouts])
-    place_loss = PlaceLoss(layouts, tokenizer)
+    place_loss = PlaceLoss(layouts, tokenizer) if train_text else None
     alphas = new_scheduler().alphas_cumprod
     model = TextToLatent(text_encoder, unet)
     text_encoder.set_attn_implementation(TRAINING_ATTENTION)
@@ -159,7 +165,7 @@ def train_denoiser(
         target = (alpha * noise - sigma * clean).to(device)
         predicted, guess = model(noisy, timestep.to(device), ids.to(device))
         loss = F.mse_loss(predicted.float(), target)
-        return loss + PLACE_LOSS_WEIGHT * place_loss(guess, ids, index) if train_text else loss
+        return loss + PLACE_LOSS_WEIGHT * place_loss(guess, ids, index) if place_loss else loss
 
     trainer.run(loss_fn)
     model.float()

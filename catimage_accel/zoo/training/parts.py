@@ -19,7 +19,6 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from catimage_accel.zoo.training import autoencoder, denoiser, judge
-from catimage_accel.zoo.training.data import easy_scenes_weight
 from catimage_accel.zoo.training.loop import TrainConfig
 from catimage_accel.zoo.training.tokenizer import build_tokenizer
 
@@ -98,7 +97,7 @@ def _train_small(work: Path, pieces: Path, config: TrainConfig, device: torch.de
     unet = denoiser.new_small(vae.config.latent_channels)
     text_encoder = load_piece(pieces, "text_encoder")
     denoiser.train_denoiser(
-        work / "small", config, device, vae, tokenizer, text_encoder, unet, easy_scenes_weight, train_text=False
+        work / "small", config, device, vae, tokenizer, text_encoder, unet, denoiser.small_weight, train_text=False
     )
     save_piece(unet, pieces / "unet_small")
 
