@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "ceil_div.h"
+
 namespace catimage_accel {
 
 // What a block can hold in registers: packs are 16 bytes of x. A thread of channels-last memory keeps sums for each of
@@ -51,8 +53,6 @@ struct Plan {
   bool one_pass;       // a cluster holds a whole window: x is read once
   int threads;         // of a block
 };
-
-inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 inline int whole_warps(int64_t threads) { return static_cast<int>(ceil_div(threads, 32) * 32); }
 

@@ -34,6 +34,8 @@ inline int max_cluster(int device) {
   return clusters != 0 ? kPortable : 1;
 }
 
+constexpr int kSharedBytesOfAnyKernel = 48 * 1024;  // more must be asked for
+
 template <typename... Parameters, typename... Arguments>
 void launch(cudaStream_t stream, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
             int cluster, Arguments... arguments) {
@@ -49,6 +51,9 @@ void launch(cudaStream_t stream, void (*kernel)(Parameters...), int64_t blocks, 
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
+  if (shared_bytes > kSharedBytesOfAnyKernel) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  }
   check(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

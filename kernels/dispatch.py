@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 import torch
 
 from catimage_accel.kernels import cuda
-from catimage_accel.kernels.tuning.impl import measured_impl
 
 Impl = Literal["reference", "triton", "cuda"]
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,7 +22,12 @@ TRITON_INTERPRETS = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "").
 
 
 def choose_impl(
-    impl: str | None, name: str, x: torch.Tensor, *others: torch.Tensor | None, op: str | None = None
+    impl: str | None,
+    name: str,
+    x: torch.Tensor,
+    *others: torch.Tensor | None,
+    cuda_dtypes: tuple[torch.dtype, ...] = (),
+    measured: Callable[[], str | None] | None = None,
 ) -> Impl:
     """The implementation to run on validated arguments.
 
@@ -34,12 +38,13 @@ def choose_impl(
         x: The argument whose device and dtype decide.
         others: The op's other tensors. If any of them or ``x`` needs a gradient the reference runs whatever ``impl``
             says, as only torch's own ops are differentiable.
-        op: Name of the op, where it has CUDA kernels too.
+        cuda_dtypes: What the op's CUDA kernels take; empty where it has none for such arguments.
+        measured: Tells which implementation was measured to be the fastest for such arguments, if any was.
 
     Raises:
         ValueError: ``impl`` is unknown, or is missing here, or takes no such device or dtype.
     """
-    impls = ("reference", "triton") if op is None else ("reference", "triton", "cuda")
+    impls = ("reference", "triton", "cuda") if cuda_dtypes else ("reference", "triton")
     if impl is not None and impl not in impls:
         raise ValueError(f"impl is {impl!r}; accepted: {', '.join(map(repr, impls))} or None (best available)")
     if impl == "triton":
@@ -52,15 +57,15 @@ def choose_impl(
     if impl == "cuda":
         if not cuda.BUILT:
             raise ValueError(f"impl is 'cuda', but its kernels are not built: {cuda.HOW_TO_BUILD}")
-        if x.dtype not in KERNEL_DTYPES:
-            raise ValueError(f"{name} has dtype {x.dtype}; impl 'cuda' accepts {', '.join(map(str, KERNEL_DTYPES))}")
+        if x.dtype not in cuda_dtypes:
+            raise ValueError(f"{name} has dtype {x.dtype}; impl 'cuda' accepts {', '.join(map(str, cuda_dtypes))}")
         if not x.is_cuda:
             raise ValueError(f"{name} is on {x.device}; impl 'cuda' accepts CUDA tensors")
     if impl == "reference" or needs_gradient(x, *others):
         return "reference"
     if impl is not None:
         return cast(Impl, impl)
-    if op is not None and cuda.BUILT and x.is_cuda and x.dtype in KERNEL_DTYPES and measured_impl(op, x) == "cuda":
+    if measured is not None and cuda.BUILT and x.is_cuda and x.dtype in cuda_dtypes and measured() == "cuda":
         return "cuda"
     return "triton" if x.is_cuda and x.dtype in KERNEL_DTYPES and TRITON_INSTALLED else "reference"
 

@@ -67,6 +67,7 @@ def odd_workloads(dtype: torch.dtype) -> Iterator[Workload]:
     """Small ones that go wrong first."""
     for name, *sizes in (
         ("keys end inside a block", 2, 130, 130, 2, 40), ("two texts, head_dim 80", 1, 70, 154, 1, 80),
+        ("one text, head_dim 160", 1, 20, 77, 1, 160),
         ("head_dim 8", 1, 20, 20, 3, 8), ("head_dim 33", 1, 20, 20, 1, 33), ("head_dim 96", 1, 200, 200, 2, 96),
         ("head_dim 128", 1, 200, 256, 2, 128), ("head_dim 256", 1, 200, 130, 1, 256), ("one key", 1, 1, 1, 1, 64),
     ):  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from catimage_accel.kernels.attention.shape import tuned_shape
 from catimage_accel.kernels.dispatch import register_triton_op
 from catimage_accel.kernels.tuning import launch_config
 
@@ -140,9 +141,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     width, rest = column_blocks(head_dim)
-    config = launch_config(
-        "attention", q.device, itemsize=q.dtype.itemsize, head_dim=head_dim, keys=keys, queries=queries
-    )
+    config = launch_config("attention", q.device, **tuned_shape(q, k))
     wrap_triton(attention_kernel)[(triton.cdiv(queries, config["BLOCK_M"]) * batch * heads,)](
         q, k, v, out,
         q.stride(0), q.stride(1), q.stride(2),

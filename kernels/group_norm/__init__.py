@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from catimage_accel.kernels.dispatch import choose_impl
+from catimage_accel.kernels.dispatch import KERNEL_DTYPES, choose_impl
 from catimage_accel.kernels.group_norm import reference
+from catimage_accel.kernels.group_norm.layout import tuned_shape
 from catimage_accel.kernels.group_norm.validation import validate
+from catimage_accel.kernels.tuning.impl import measured_impl
 
 __all__ = ["group_norm"]
 
@@ -48,7 +50,10 @@ def group_norm(
         ValueError: An argument's shape, dtype, device or value is not accepted; names it, its value and what is.
     """
     validate(x, num_groups, weight, bias, eps, activation, shift)
-    chosen = choose_impl(impl, "x", x, weight, bias, shift, op="group_norm")
+    chosen = choose_impl(
+        impl, "x", x, weight, bias, shift, cuda_dtypes=KERNEL_DTYPES,
+        measured=lambda: measured_impl("group_norm", x.device, **tuned_shape(x)),
+    )  # fmt: skip
     if chosen == "cuda":
         from catimage_accel.kernels.group_norm import cuda
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from catimage_accel.kernels.dispatch import register_triton_op
-from catimage_accel.kernels.group_norm.layout import is_dense
+from catimage_accel.kernels.group_norm.layout import is_dense, tuned_shape
 from catimage_accel.kernels.group_norm.triton_moments import combine_kernel, moments_nchw_kernel, moments_nhwc_kernel
 from catimage_accel.kernels.tuning import launch_config
 
@@ -138,7 +138,7 @@ def group_norm_op(
     weight = x if weight is None else weight.contiguous()
     bias = x if bias is None else bias.contiguous()
     nhwc = not x.is_contiguous()
-    config = launch_config("group_norm", x.device, channels_last=1 + nhwc, pixels=pixels)
+    config = launch_config("group_norm", x.device, **tuned_shape(x))
     chunk, warps = config["CHUNK"], config["num_warps"]
     if nhwc:
         tile = {"BLOCK_PIXELS": config["BLOCK_PIXELS"], "BLOCK_CHANNELS": config["BLOCK_CHANNELS"]}

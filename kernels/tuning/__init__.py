@@ -9,7 +9,6 @@ shapes that the device's file says nothing of. Each is a list of
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from bisect import bisect_left
@@ -41,9 +40,18 @@ def launch_config(op: str, device: torch.device, **shape: int) -> dict[str, int]
     forced = _forced.get()
     if forced is not None and forced[0] == op:
         return dict(forced[1])
-    entries = _entries(op, device_slug(device))
+    return dict(nearest(_entries(op, device_slug(device)), shape)["config"])
+
+
+def nearest(entries: list[dict[str, Any]], shape: dict[str, int]) -> dict[str, Any]:
+    """The entry whose shape is nearest, as ``launch_config`` compares."""
     sizes = {name: size if type(size) is int else SIZES[bisect_left(SIZES, size)] for name, size in shape.items()}
-    return dict(min(entries, key=lambda entry: _distance(entry["shape"], sizes))["config"])
+    found, least = entries[0], _distance(entries[0]["shape"], sizes)
+    for entry in entries[1:]:  # torch.compile does not trace min with a key
+        distance = _distance(entry["shape"], sizes)
+        if distance < least:
+            found, least = entry, distance
+    return found
 
 
 @contextmanager
@@ -69,8 +77,13 @@ def forget() -> None:
     _entries.cache_clear()
 
 
-def _distance(tuned: dict[str, int], shape: dict[str, int]) -> tuple[float, ...]:
-    return tuple(abs(math.log2(tuned[name] / size)) if name in tuned else 0.0 for name, size in shape.items())
+def _distance(tuned: dict[str, int], shape: dict[str, int]) -> list[float]:
+    """The factors between sizes, which order as their logarithms do: torch.compile traces no logarithm of a size."""
+    distance = []
+    for name, size in shape.items():
+        own = tuned.get(name, size)
+        distance.append(own / size if own > size else size / own)
+    return distance
 
 
 @cache

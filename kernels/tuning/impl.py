@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,28 +9,22 @@ import torch
 from catimage_accel.kernels import tuning
 
 
-def measured_impl(op: str, x: torch.Tensor) -> str | None:
-    """The "impl" of the entry nearest to ``x`` in ``<op>.<device>.json``; ``None`` where nothing was measured.
+def measured_impl(op: str, device: torch.device, **shape: int) -> str | None:
+    """The "impl" of the entry nearest to ``shape`` in ``<op>.<device>.json``; ``None`` where none was measured.
 
     Args:
         op: Name of the op.
-        x: (batch, channels, ...). Compared by memory format first, then by pixels.
+        device: Where it will run.
+        shape: As of ``launch_config``.
     """
-    pixels = math.prod(x.shape[2:])
-    if pixels == 0:
+    entries = measured(op, device)
+    if not entries or 0 in shape.values():
         return None
-    channels_last = 1 if x.is_contiguous() else 2
-    nearest, least = None, math.inf
-    for entry in measured(op, x.device):
-        if entry["shape"]["channels_last"] == channels_last:
-            distance = abs(math.log2(entry["shape"]["pixels"] / pixels))
-            if distance < least:
-                nearest, least = entry["impl"], distance
-    return nearest
+    impl: str | None = tuning.nearest(entries, shape).get("impl")
+    return impl
 
 
 @torch.compiler.assume_constant_result
 def measured(op: str, device: torch.device) -> list[dict[str, Any]]:
-    """The entries of the device's file that name an implementation."""
-    entries = tuning.read_entries(op, tuning.device_slug(device)) or []
-    return [entry for entry in entries if "impl" in entry]
+    """The entries of the device's file."""
+    return tuning.read_entries(op, tuning.device_slug(device)) or []

@@ -51,7 +51,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch, *ops: str) -> list[str]:
     launched: list[str] = []
     for op in ops:
 
-        def choose(impl: str | None, name: str, *tensors: Any, op: str = op) -> str:
+        def choose(impl: str | None, name: str, *tensors: Any, op: str = op, **cuda: Any) -> str:
             launched.append(op)
             return choose_impl("triton", name, *tensors)
 

@@ -1,13 +1,15 @@
 // Runs the source of CUDA kernels on the CPU, so that what they compute is tested without a GPU.
 //
-// Every CUDA thread of a cluster is a fiber of one thread of the CPU. They take turns at barriers and shuffles only, in
-// an order that the caller chooses: a result that depends on the order betrays a missing barrier. What a kernel shares
-// or forgets to write is NaN, and shared memory ends where the launch says.
+// Every CUDA thread of a cluster is a fiber of one thread of the CPU. They take turns at barriers and shuffles only, a
+// warp going on until it must wait for others, in an order of warps that the caller chooses: a result that depends on
+// the order betrays a missing barrier. What a kernel shares or forgets to write is NaN, and shared memory ends where the
+// launch says.
 #pragma once
 
 #include <ucontext.h>
 #include <vector_types.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -39,7 +41,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  unsigned char slots[kWarp][16];
+  unsigned char slots[kWarp][32];
 };
 
 struct Block {
@@ -48,11 +50,18 @@ struct Block {
   std::vector<Warp> warps;
 };
 
+// Of 16 bytes into shared memory, on its way until it is waited for.
+struct Copy {
+  void* to;
+  const void* from;  // or null for zeros
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   uint3 thread, block;
   int rank;  // of the block in its cluster
+  std::vector<Copy> copies;
   bool done;
 };
 
@@ -63,7 +72,8 @@ struct Machine {
   Barrier cluster;
   std::function<void()> kernel;
   Fiber* running = nullptr;
-  bool moved = false;  // whether a barrier opened or a fiber ended in this round
+  const char* failure = nullptr;  // what a thread did that a device would not take
+  bool moved = false;  // whether a barrier opened or a fiber ended in this turn of a warp
 };
 
 inline Machine machine;
@@ -82,8 +92,27 @@ inline void wait(Barrier& barrier) {
 inline Block& block() { return machine.blocks[machine.running->rank]; }
 inline Warp& warp() { return block().warps[threadIdx.x / kWarp]; }
 
+inline void require(bool holds, const char* failure) {
+  if (!holds && machine.failure == nullptr) machine.failure = failure;
+}
+
+inline int lane() { return threadIdx.x % kWarp; }
+
+// What the lanes of a warp give, in their order.
+template <typename T>
+std::array<T, kWarp> exchange(const T& value) {
+  static_assert(sizeof(T) <= sizeof(Warp::slots[0]));
+  std::memcpy(warp().slots[lane()], &value, sizeof(T));
+  wait(warp().barrier);
+  std::array<T, kWarp> values;
+  for (int i = 0; i < kWarp; ++i) std::memcpy(&values[i], warp().slots[i], sizeof(T));
+  wait(warp().barrier);
+  return values;
+}
+
 inline void run_fiber() {
   machine.kernel();
+  require(machine.running->copies.empty(), "a copy is never waited for");
   machine.running->done = machine.moved = true;
   swapcontext(&machine.running->context, &machine.scheduler);
 }
@@ -97,6 +126,7 @@ inline void run_cluster(unsigned first_block, int cluster, int threads, int shar
     block.warps.assign(threads / kWarp, Warp{});
     for (Warp& warp : block.warps) warp.barrier.expected = kWarp;
   }
+  machine.failure = nullptr;
   machine.cluster = Barrier{.expected = cluster * threads};
   if (machine.fibers.size() < static_cast<std::size_t>(cluster) * threads) machine.fibers.resize(cluster * threads);
   const int count = cluster * threads;
@@ -106,6 +136,7 @@ inline void run_cluster(unsigned first_block, int cluster, int threads, int shar
     fiber.rank = i / threads;
     fiber.thread = {static_cast<unsigned>(i % threads), 0, 0};
     fiber.block = {first_block + fiber.rank, 0, 0};
+    fiber.copies.clear();
     fiber.done = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -114,17 +145,24 @@ inline void run_cluster(unsigned first_block, int cluster, int threads, int shar
     makecontext(&fiber.context, run_fiber, 0);
   }
   for (int left = count; left > 0;) {
-    machine.moved = false;
-    for (int turn = 0; turn < count; ++turn) {
-      Fiber& fiber = machine.fibers[order > 0 ? turn : count - 1 - turn];
-      if (fiber.done) continue;
-      machine.running = &fiber;
-      threadIdx = fiber.thread;
-      blockIdx = fiber.block;
-      swapcontext(&machine.scheduler, &fiber.context);
-      if (fiber.done) --left;
+    bool any_moved = false;
+    for (int first = 0; first < count; first += kWarp) {
+      do {
+        machine.moved = false;
+        for (int turn = first; turn < first + kWarp; ++turn) {
+          Fiber& fiber = machine.fibers[order > 0 ? turn : count - 1 - turn];
+          if (fiber.done) continue;
+          machine.running = &fiber;
+          threadIdx = fiber.thread;
+          blockIdx = fiber.block;
+          swapcontext(&machine.scheduler, &fiber.context);
+          if (fiber.done) --left;
+        }
+        any_moved = any_moved || machine.moved;
+      } while (machine.moved);
     }
-    if (!machine.moved) throw std::runtime_error("threads wait for a barrier that others never reach");
+    if (machine.failure != nullptr) throw std::runtime_error(machine.failure);
+    if (!any_moved) throw std::runtime_error("threads wait for a barrier that others never reach");
   }
   for (const Block& block : machine.blocks) {
     for (std::size_t i = shared_bytes; i < block.shared.size(); ++i) {
@@ -148,6 +186,7 @@ void launch(int order, void (*kernel)(Parameters...), std::int64_t blocks, int t
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(emulator::block().barrier); }
+inline void __syncwarp() { emulator::wait(emulator::warp().barrier); }
 
 namespace catimage_accel {
 
@@ -162,14 +201,13 @@ const T* cluster_peer(T* shared, int rank) {
 
 template <typename T>
 T shuffle_down(T value, int lanes) {
-  static_assert(sizeof(T) <= sizeof(emulator::Warp::slots[0]));
-  emulator::Warp& warp = emulator::warp();
-  const int lane = threadIdx.x % emulator::kWarp;
-  std::memcpy(warp.slots[lane], &value, sizeof(T));
-  emulator::wait(warp.barrier);
-  if (lane + lanes < emulator::kWarp) std::memcpy(&value, warp.slots[lane + lanes], sizeof(T));
-  emulator::wait(warp.barrier);
-  return value;
+  const auto values = emulator::exchange(value);
+  const int from = emulator::lane() + lanes;
+  return from < emulator::kWarp ? values[from] : value;
 }
+
+inline float shuffle_xor(float value, int bits) { return emulator::exchange(value)[emulator::lane() ^ bits]; }
+
+inline float fast_exp2(float x) { return std::exp2(x); }
 
 }  // namespace catimage_accel

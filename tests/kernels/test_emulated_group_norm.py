@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emulation import compile_emulation
 from test_group_norm import SHAPES, channels_last, formula, inputs, torchs
 from torch import Tensor
 
 from catimage_accel.kernels.cuda import build
 
-HERE = Path(__file__).parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FLAGS = ["-std=c++20", "-O1", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC,-fno-strict-aliasing"]
 MARGIN = 64  # NaN around x and y: what is read beyond x shows, and so does what is written beyond y
 EMPTY = ("empty batch", "no pixels")  # nothing is launched
 HOPPER, AMPERE = 8, 1  # blocks that can share memory
@@ -42,12 +39,7 @@ Emulate = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def emulate(tmp_path_factory: pytest.TempPathFactory) -> Emulate:
-    library = tmp_path_factory.mktemp("emulated") / "group_norm.so"
-    assert build.SOURCES is not None
-    command = [build.find_nvcc(), *FLAGS, f"-I{build.SOURCES}", HERE / "emulated_group_norm.cpp", "-o", library]
-    compiled = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert compiled.returncode == 0, compiled.stderr
-    call = ctypes.CDLL(str(library)).emulate_group_norm
+    call = compile_emulation("group_norm", tmp_path_factory.mktemp("emulated")).emulate_group_norm
     call.restype = ctypes.c_char_p
     pointer, number = ctypes.c_void_p, ctypes.c_int
     call.argtypes = [
