@@ -177,8 +177,9 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         sys.exit("device_check: there is no CUDA device")
-    from measure import OURS, device_name, measure_ceilings, the_device
+    from measure import OURS, measure_ceilings, the_device
 
+    from catimage_accel.kernels.device import device_name
     from catimage_accel.kernels.tuning import device_slug
     from catimage_accel.kernels.tuning.timing import DeviceTimer
 

@@ -16,8 +16,8 @@ import diffusers
 import torch
 from checkout import ROOT
 from device_check import write
-from measure import device_name
 
+from catimage_accel.kernels.device import device_name
 from catimage_accel.kernels.tuning import device_slug
 
 SMALL = "No CUDA device: a tiny model on the CPU stands in. It says nothing about a GPU."

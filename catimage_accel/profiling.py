@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from catimage_accel.catalog import Candidate, Catalog
 from catimage_accel.engines.loading import read_config
 from catimage_accel.executor import Executor, Job
+from catimage_accel.kernels.device import device_name
 
 BATCH_SIZES = (1, 4, 16)
 Advance = Callable[[int], None]
@@ -48,15 +47,9 @@ def count_flops(catalog: Catalog, advance: Advance = lambda _: None) -> dict[str
     return flops
 
 
-def device_name(device: torch.device) -> str:
-    """What costs.json calls a device: the GPU's name, or the processor's with the number of threads used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+def profiled_device(device: torch.device) -> str:
+    """What costs.json calls a device: its name, of a processor with the number of threads used."""
+    return device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
 
 
 def _count(module: Any, *inputs: Any, **named: Any) -> FlopCounterMode:

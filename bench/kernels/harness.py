@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from measure import Baselines, calls, device_name, meaning, measure_ceilings, the_device, workload_id
+from measure import Baselines, calls, meaning, measure_ceilings, the_device, workload_id
 
+from catimage_accel.kernels.device import device_name
 from catimage_accel.kernels.tuning.timing import DeviceTimer
 from catimage_accel.kernels.tuning.workload import Workload
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from catimage_accel.kernels.dispatch import TRITON_INTERPRETS
+
 COMPONENTS = ("unet", "controlnet", "vae")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -98,8 +100,12 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def one_dtype(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether all share a dtype that autocast leaves alone: else torch's own ops decide what to compute in."""
-    if torch.is_autocast_enabled(x.device.type):
+def takes_kernels(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels may run on these tensors.
+
+    They do on CUDA tensors (and under Triton's interpreter) that share a dtype which autocast leaves alone. Elsewhere
+    torch's own ops decide, and asking for ours would only cost time.
+    """
+    if not (x.is_cuda or TRITON_INTERPRETS) or torch.is_autocast_enabled(x.device.type):
         return False
     return all(other is None or other.dtype == x.dtype for other in others)

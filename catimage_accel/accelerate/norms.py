@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from catimage_accel.accelerate.modules import is_hooked, one_dtype
+from catimage_accel.accelerate.modules import is_hooked, takes_kernels
 from catimage_accel.kernels import group_norm, layer_norm
 
 
@@ -17,9 +18,9 @@ class FusedGroupNorm(nn.GroupNorm):
         """``x`` is (batch, channels, ...)."""
         # A hook that bound this method may outlive ``restore``, which takes the attribute away.
         activation = getattr(self, "activation", None)
-        if not one_dtype(x, self.weight):
+        if not takes_kernels(x, self.weight):
             y = nn.GroupNorm.forward(self, x)
-            return nn.functional.silu(y) if activation == "silu" else y
+            return nn.functional.silu(y, inplace=not torch.is_grad_enabled()) if activation == "silu" else y
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, activation=activation)
 
 
@@ -40,7 +41,7 @@ class FusedLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is (..., width)."""
-        if not one_dtype(x, self.weight):
+        if not takes_kernels(x, self.weight):
             return nn.LayerNorm.forward(self, x)
         return layer_norm(x, self.weight, self.bias, self.eps)
 
@@ -53,10 +54,11 @@ def takes_sums(norm: nn.Module) -> bool:
 def shift_and_norm(norm: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
     """``norm(x + shift)`` for a ``shift`` of (batch, channels)."""
     if (
-        isinstance(norm, FusedGroupNorm)
+        takes_kernels(x, shift)
+        and isinstance(norm, FusedGroupNorm)
         and takes_sums(norm)
         and shift.shape == x.shape[:2]
-        and one_dtype(x, shift, norm.weight)
+        and takes_kernels(x, norm.weight)
     ):
         return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=norm.activation, shift=shift)
     normalised: Tensor = norm(x + shift[:, :, None, None])
@@ -66,10 +68,11 @@ def shift_and_norm(norm: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
 def add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """``norm(x + residual)``, and the sum."""
     if (
-        isinstance(norm, FusedLayerNorm)
+        takes_kernels(x, residual)
+        and isinstance(norm, FusedLayerNorm)
         and takes_sums(norm)
         and x.shape == residual.shape
-        and one_dtype(x, residual, norm.weight)
+        and takes_kernels(x, norm.weight)
     ):
         return layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual)
     total = x + residual

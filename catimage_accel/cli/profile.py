@@ -44,7 +44,7 @@ def profile(
     with loading(f"catalog {loaded.name}"):
         from catimage_accel.arguments import find_device
         from catimage_accel.executor import Executor
-        from catimage_accel.profiling import BATCH_SIZES, count_flops, device_name, time_candidates
+        from catimage_accel.profiling import BATCH_SIZES, count_flops, profiled_device, time_candidates
 
         found = find_device(device)
         executor = Executor(max_batch=max_batch, device=found, resolve_model=loaded.resolve_model)
@@ -61,7 +61,7 @@ def profile(
                 loaded, executor, batch or BATCH_SIZES, lambda number: progress.advance(bar, number)
             )  # fmt: skip
             for candidate in loaded.candidates:
-                engines = milliseconds.setdefault(device_name(found), {})
+                engines = milliseconds.setdefault(profiled_device(found), {})
                 engines.setdefault(candidate.engine, {})[candidate.name] = timed[candidate.name]
             _write_costs(loaded, flops, milliseconds)
         if texts:

@@ -24,8 +24,8 @@ SUFFIXES = (".cu", ".cpp", ".cuh", ".h")
 # Devices before sm_80 have no bfloat16; those after sm_90 compile the PTX when they first load it.
 ARCHITECTURES = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90")
 FLAGS = (
-    "-std=c++20", "-O3", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v",
-    "-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-std=c++20", "-O3", "-shared", "--threads=0", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+    "-Xptxas", "-v", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )  # fmt: skip
 
 
