@@ -23,8 +23,11 @@ _DEFINITIONS = b"candidates"
 
 
 def image_seed(seed: int, prompt: str) -> int:
-    """The seed of a prompt's image in a profile: the same for all candidates, different from prompt to prompt."""
-    return ((seed << 32) + zlib.crc32(prompt.encode("utf-8"))) % 2**63
+    """The seed of a prompt's image in a profile: the same for all candidates, different from prompt to prompt.
+
+    It has 32 bits: torch's generator on the CPU takes no notice of more.
+    """
+    return zlib.crc32(prompt.encode("utf-8"), seed)
 
 
 def score_candidates(

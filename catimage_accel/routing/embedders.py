@@ -1,4 +1,4 @@
-"""Prompts to vectors: hashed n-grams, a catalog's own text encoder, and joins of several.
+"""Prompts to vectors: hashed n-grams, a catalog's own text encoder, joins of several, and reading them back.
 
 An embedder's columns fall into blocks of unlike scale (an embedding, some counts). Routers give every block the same
 weight, whatever its length and unit.
@@ -17,7 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from catimage_accel.routing.counts import CountFeatures
+from catimage_accel.routing.minilm import MiniLMEmbedder
 from catimage_accel.routing.table import check_prompts
+from catimage_accel.routing.tokens import mean_states, token_states
+from catimage_accel.routing.wording import WordingFeatures
 
 
 class Embedder(Protocol):
@@ -40,6 +43,7 @@ class NGramEmbedder:
     """
 
     MAX_CHARACTERS = 2000
+    MAX_WORDS = 128  # as tokens
 
     def __init__(self, size: int = 512, letters: tuple[int, ...] = (4,)) -> None:
         if size < 1:
@@ -63,12 +67,20 @@ class NGramEmbedder:
                 vector[(code >> 1) % self.size] += (1 - 2 * (code & 1)) * count**0.5
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
+    def embed_tokens(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """Each prompt's (words, size) float32: a word is embedded as a prompt of its own; of none there is one zero."""
+        check_prompts(prompts)
+        return [self.embed(self._words(prompt)[: self.MAX_WORDS] or [""]) for prompt in prompts]
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "ngram", "size": self.size, "letters": list(self.letters)}
 
-    def _grams(self, prompt: str) -> list[str]:
+    def _words(self, prompt: str) -> list[str]:
         text = unicodedata.normalize("NFKC", prompt[: self.MAX_CHARACTERS]).casefold()
-        words = "".join(char if char.isalnum() else " " for char in text).split()
+        return "".join(char if char.isalnum() else " " for char in text).split()
+
+    def _grams(self, prompt: str) -> list[str]:
+        words = self._words(prompt)
         grams = [*words, *(" ".join(pair) for pair in pairwise(words))]
         joined = f" {' '.join(words)} "
         for length in self.letters:
@@ -103,26 +115,25 @@ class TextEncoderEmbedder:
         return (int(self._text_encoder.config.hidden_size),)
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:
-        import torch
+        # The start token's state is the same for all prompts.
+        return mean_states([states[1:] for states in self.embed_tokens(prompts)], self.blocks[0])
 
+    def embed_tokens(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """Each prompt's (tokens, hidden_size) float32, the start and end tokens among them."""
         check_prompts(prompts)
         self._load()
         encoder = self._text_encoder
-        vectors = np.zeros((len(prompts), self.blocks[0]), dtype=np.float32)
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(prompts), self.batch_size):
-            rows = by_length[start : start + self.batch_size]
-            tokens = self._tokenizer(
-                [prompts[i] for i in rows], padding="longest", truncation=True,
-                max_length=self._tokenizer.model_max_length, return_tensors="pt",
+
+        def tokenize(texts: list[str]) -> Any:
+            return self._tokenizer(
+                texts, padding="longest", truncation=True, max_length=self._tokenizer.model_max_length,
+                return_tensors="pt",
             ).to(encoder.device)  # fmt: skip
-            with torch.no_grad():
-                encoded = encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
-            states = encoded.last_hidden_state[:, 1:].float()
-            real = tokens.attention_mask[:, 1:, None]
-            mean = (states * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
-            vectors[rows] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
-        return vectors
+
+        def encode(tokens: Any) -> Any:
+            return encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+
+        return token_states(prompts, self.batch_size, tokenize, encode)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "text_encoder", "folder": str(self.folder)}
@@ -167,11 +178,15 @@ def embedder_from(description: Mapping[str, Any], folder: Path) -> Embedder:
         return NGramEmbedder(int(description["size"]), tuple(description["letters"]))
     if kind == "counts":
         return CountFeatures()
+    if kind == "wording":
+        return WordingFeatures()
+    if kind == "minilm":
+        return MiniLMEmbedder()
     if kind == "text_encoder":
         return TextEncoderEmbedder(Path(os.path.normpath(folder / description["folder"])))
     if kind == "joint":
         return JointEmbedder(*(embedder_from(part, folder) for part in description["parts"]))
-    raise ValueError(f"unknown embedder {kind!r}, expected ngram, counts, text_encoder or joint")
+    raise ValueError(f"unknown embedder {kind!r}, expected ngram, counts, wording, minilm, text_encoder or joint")
 
 
 def relocatable(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:

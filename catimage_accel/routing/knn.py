@@ -10,15 +10,14 @@ from typing import Literal, Self
 import numpy as np
 
 from catimage_accel.routing.counts import CountFeatures
-from catimage_accel.routing.embedders import Embedder, JointEmbedder, NGramEmbedder, embedder_from, relocatable
+from catimage_accel.routing.embedders import Embedder, JointEmbedder, NGramEmbedder, relocatable
+from catimage_accel.routing.features import PromptFeatures
 from catimage_accel.routing.routers import FittedRouter
 from catimage_accel.routing.storage import SavedRouter
 from catimage_accel.routing.table import ScoreTable, check_prompts
 
 TRIED_K = (5, 10, 20, 30, 50, 80, 120, 200, 300)
 ROWS_AT_ONCE = 256
-PROBE = "Three red apples, a dog and no cat to the left of a house"
-PROBE_TOLERANCE = 0.05  # relative; half precision moves an embedding by a tenth of this
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,7 @@ class KNNRouter(FittedRouter):
             raise ValueError(f'a table of {len(table)} prompt, expected 2 or more to choose k or shrinkage ("auto")')
         # Equally near prompts are taken in this order, so that the order of the table's rows plays no part.
         order = sorted(range(len(table)), key=lambda row: table.prompts[row])
-        embedded = self.embedder.embed([table.prompts[row] for row in order]).astype(np.float64)
-        self._centre, self._scale = _standardisation(embedded, self.embedder.blocks)
-        # Through float32, as they are saved, so that a loaded router predicts the same.
-        self._centre, self._scale = (x.astype(np.float32).astype(np.float64) for x in (self._centre, self._scale))
-        self._vectors = ((embedded - self._centre) * self._scale).astype(np.float32).astype(np.float64)
+        self._features, self._vectors = PromptFeatures.fit(self.embedder, [table.prompts[row] for row in order])
         self._candidates, self._scores = table.candidates, table.scores[order]
         self._prepare()
         self.difficulty, self.gaps = self._smoothings()
@@ -82,8 +77,7 @@ class KNNRouter(FittedRouter):
         quality = np.tile(self._mean, (len(prompts), 1))
         most = max(self.difficulty.k, self.gaps.k)
         for start in range(0, len(prompts), ROWS_AT_ONCE):
-            embedded = self.embedder.embed(prompts[start : start + ROWS_AT_ONCE])
-            near = self._nearest((embedded - self._centre) * self._scale)[:, :most]
+            near = self._nearest(self._features(prompts[start : start + ROWS_AT_ONCE]))[:, :most]
             rows = slice(start, start + len(near))
             for smoothing, part in ((self.difficulty, self._difficulty), (self.gaps, self._gaps)):
                 quality[rows] += (1 - smoothing.shrinkage) * part[near[:, : smoothing.k]].mean(axis=1)
@@ -100,10 +94,8 @@ class KNNRouter(FittedRouter):
         }
         tensors = {
             "vectors": self._vectors.astype(np.float32),
-            "centre": self._centre.astype(np.float32),
-            "scale": self._scale.astype(np.float32),
             "scores": self._scores,
-            "probe": self.embedder.embed([PROBE])[0].astype(np.float32),
+            **self._features.tensors(),
         }
         SavedRouter(self.KIND, names, settings, tensors, folder).write()
 
@@ -111,20 +103,13 @@ class KNNRouter(FittedRouter):
     def restore(cls, saved: SavedRouter, embedder: Embedder | None = None) -> Self:
         """Read a saved router; ValueError when ``embedder`` is not the one that it was fitted with."""
         settings = saved.settings
-        embedder = embedder or embedder_from(settings["embedder"], saved.folder)
-        router = cls(embedder, settings["k"], settings["shrinkage"])
+        features = PromptFeatures.restore(saved, embedder)
+        router = cls(features.embedder, settings["k"], settings["shrinkage"])
         router.difficulty, router.gaps = (Smoothing(**settings[part]) for part in ("difficulty", "gaps"))
-        router._vectors = saved.tensor("vectors", (None, None))
-        number, columns = router._vectors.shape
-        router._centre, router._scale = saved.tensor("centre", (columns,)), saved.tensor("scale", (columns,))
+        router._features = features
+        router._vectors = saved.tensor("vectors", (None, features.columns))
         router._candidates = saved.candidates
-        router._scores = saved.tensor("scores", (number, len(saved.candidates)))
-        probe, found = saved.tensor("probe", (columns,)), router.embedder.embed([PROBE])[0]
-        if found.shape != probe.shape or np.linalg.norm(found - probe) > PROBE_TOLERANCE * np.linalg.norm(probe):
-            raise ValueError(
-                f"the router in {saved.folder} was fitted with the embedder {settings['embedder']}, whose vectors "
-                f"differ from those of {router.embedder.describe()}; fit it again"
-            )
+        router._scores = saved.tensor("scores", (len(router._vectors), len(saved.candidates)))
         router._prepare()
         return router
 
@@ -179,15 +164,3 @@ class KNNRouter(FittedRouter):
         chosen = int(np.argmin(keep**2 * squares - 2 * keep * products))
         return Smoothing(self.k if self.k != "auto" else tried[chosen], float(1 - keep[chosen]))
 
-
-def _standardisation(embedded: np.ndarray, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(columns,) centre and scale after which every block's vectors have a mean square length of 1."""
-    if sum(blocks) != embedded.shape[1]:
-        raise ValueError(f"the embedder gave {embedded.shape[1]} columns, but its blocks are {tuple(blocks)}")
-    centre, variance = embedded.mean(axis=0), embedded.var(axis=0)
-    scale = np.zeros_like(centre)
-    for part in np.split(np.arange(len(centre)), np.cumsum(blocks)[:-1]):
-        damped = variance[part] + variance[part].mean()
-        if damped.min(initial=np.inf) > 0:
-            scale[part] = 1 / np.sqrt(damped * (variance[part] / damped).sum())
-    return centre, scale

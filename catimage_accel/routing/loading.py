@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from catimage_accel.routing.embedders import Embedder
+from catimage_accel.routing.kernel import KernelRouter
 from catimage_accel.routing.knn import KNNRouter
 from catimage_accel.routing.routers import ConstantRouter, OracleRouter, RandomMixRouter, Router, check_candidates
 from catimage_accel.routing.storage import SavedRouter
+from catimage_accel.routing.transformer import TransformerRouter
 
 
 def load_router(
@@ -34,10 +36,17 @@ def _restored(saved: SavedRouter, embedder: Embedder | None) -> Router:
     match saved.kind:
         case KNNRouter.KIND:
             return KNNRouter.restore(saved, embedder)
+        case KernelRouter.KIND:
+            return KernelRouter.restore(saved, embedder)
+        case TransformerRouter.KIND:
+            return TransformerRouter.restore(saved, embedder)
         case ConstantRouter.KIND:
             return ConstantRouter.restore(saved)
         case RandomMixRouter.KIND:
             return RandomMixRouter.restore(saved)
         case OracleRouter.KIND:
             return OracleRouter.restore(saved)
-    raise ValueError(f"{saved.folder}: router of kind {saved.kind!r}, expected knn, constant, random_mix or oracle")
+    raise ValueError(
+        f"{saved.folder}: router of kind {saved.kind!r}, "
+        "expected kernel, knn, transformer, constant, random_mix or oracle"
+    )

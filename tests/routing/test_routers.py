@@ -14,6 +14,7 @@ from catimage_accel.routing import (
     ConstantRouter,
     CountFeatures,
     JointEmbedder,
+    KernelRouter,
     KNNRouter,
     NGramEmbedder,
     OracleRouter,
@@ -42,10 +43,13 @@ def planted_table(prompts: int = 240, seed: int = 0) -> ScoreTable:
 
 
 TABLE = planted_table()
-ROUTERS = [ConstantRouter(), RandomMixRouter(seed=3), KNNRouter(), KNNRouter(CountFeatures(), k=7, shrinkage=0.5)]
+ROUTERS = [
+    ConstantRouter(), RandomMixRouter(seed=3), KNNRouter(), KNNRouter(CountFeatures(), k=7, shrinkage=0.5),
+    KernelRouter(),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=["constant", "random mix", "k-NN chosen", "k-NN given"])
+@pytest.mark.parametrize("router", ROUTERS, ids=["constant", "random mix", "k-NN chosen", "k-NN given", "kernel"])
 def test_saved_routers_predict_the_same(router: Router, tmp_path: Path) -> None:
     unseen = [*(f"a {noun} and {number} apples" for noun in NOUNS for number in range(4)), "", "\u732b", "z" * 10_000]
     with pytest.raises(ValueError, match="not fitted"):
@@ -151,7 +155,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         load_router(folder)
     (folder / "router.safetensors").write_bytes(tensors)
     for change, said in (
-        ({"kind": "oracle of delphi"}, "kind 'oracle of delphi', expected knn"),
+        ({"kind": "oracle of delphi"}, "kind 'oracle of delphi', expected kernel"),
         ({"format": 99}, "format 99, expected 1"),
         ({"settings": {}}, "settings are missing or wrong"),
         ({"candidates": ["only one"]}, "scores has shape"),

@@ -107,7 +107,7 @@ class Trainer:
             since, began, recent = self.seconds, time.monotonic(), []
             try:
                 while self.step < self.config.steps:
-                    generator = torch.Generator().manual_seed((self.config.seed << 32) + self.step)
+                    generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) % 2**32)
                     recent.append(self._one_step(loss_fn(self.step, generator)))
                     self.step += 1
                     self.seconds = since + time.monotonic() - began
