@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHUNK = 32
 _Image = tuple[str, Candidate, int]  # prompt, candidate, seed
-_DEFINITIONS = b"candidates"
+_DEFINITIONS, _MODELS = b"candidates", b"models"
 
 
 def image_seed(seed: int, prompt: str) -> int:
@@ -49,7 +49,8 @@ def score_candidates(
     Every image is drawn once for all ``metrics``, unless an earlier run has its scores. After every ``chunk``
     prompts, and every metric of them, the file is replaced as a whole, so a run that was stopped goes on from there.
     If an image can't be drawn, those of its chunk are scored all the same before its error is raised. Rows of a
-    candidate whose definition has changed since are drawn again; rows of other metrics stay.
+    candidate whose definition has changed since are drawn again; rows of other metrics stay. ValueError, before
+    anything is drawn, if the file has scores of one of ``metrics`` by another model.
 
     ``advance`` is told of every image, those of earlier runs included. ``estimate`` is told, before anything is drawn,
     the number of images to draw and the seconds that will take by costs.json, or None where it has no times of this
@@ -58,7 +59,7 @@ def score_candidates(
     names = [metric.name for metric in metrics]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"metrics are {names}; accepted: at least 1, each once")
-    table = _Scores(catalog)
+    table = _Scores(catalog, metrics)
     before = len(table.rows)
     wanted = list(dict.fromkeys(prompts))
     chunks = [
@@ -144,11 +145,12 @@ def _jobs(items: Sequence[_Image]) -> Iterator[Job]:
 class _Scores:
     """quality.parquet in memory: (prompt, candidate, seed, metric) -> score."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, metrics: Sequence[Metric]) -> None:
         import pyarrow.parquet
 
         self.path = catalog.folder / QUALITY_FILE
         self.definitions = {candidate.name: _definition(candidate) for candidate in catalog.candidates}
+        self.models = {metric.name: str(found) for metric in metrics if (found := getattr(metric, "digest", None))}
         self.rows: dict[tuple[str, str, int, str], float] = {}
         if not self.path.is_file():
             return
@@ -156,7 +158,16 @@ class _Scores:
             stored = pyarrow.parquet.ParquetFile(self.path).read()
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} is not a whole Parquet file: {error}") from None
-        drawn_as = json.loads((stored.schema.metadata or {}).get(_DEFINITIONS, b"{}"))
+        metadata = stored.schema.metadata or {}
+        scored_by = json.loads(metadata.get(_MODELS, b"{}"))
+        for name in self.models.keys() & scored_by.keys():
+            if self.models[name] != scored_by[name]:
+                raise ValueError(
+                    f"{self.path} has {name} by another model, of digest {scored_by[name]}, not {self.models[name]}; "
+                    f"accepted: that model, or a file without those scores"
+                )
+        self.models = scored_by | self.models
+        drawn_as = json.loads(metadata.get(_DEFINITIONS, b"{}"))
         for row in stored.to_pylist():
             name = row["candidate"]
             if name in self.definitions and drawn_as.get(name, self.definitions[name]) == self.definitions[name]:
@@ -175,7 +186,7 @@ class _Scores:
 
         schema = pyarrow.schema(
             {"prompt": "string", "candidate": "string", "seed": "int64", "metric": "string", "score": "float64"},
-            metadata={_DEFINITIONS: json.dumps(self.definitions)},
+            metadata={_DEFINITIONS: json.dumps(self.definitions), _MODELS: json.dumps(self.models)},
         )
         rows = [dict(zip(schema.names, (*key, score), strict=True)) for key, score in self.rows.items()]
         content = io.BytesIO()

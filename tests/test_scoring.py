@@ -183,6 +183,28 @@ def test_other_metrics_rows_stay(bare: Path, tiny_catalog: Path) -> None:
     assert table(bare) == before
 
 
+class Judged(Brightness):
+    """A metric with a model."""
+
+    name = "judged"
+
+    def __init__(self, digest: str) -> None:
+        super().__init__()
+        self.digest = digest
+
+
+def test_scores_of_two_models_do_not_mix(bare: Path) -> None:
+    first, second = Judged("one"), Judged("another")
+    with pytest.raises(KeyboardInterrupt):
+        scored(bare, first, Brightness(batches=0))
+    assert scored(bare, Brightness()) == 9, "a run without the metric keeps what its scores came from"
+    before = (bare / "quality.parquet").read_bytes()
+    with pytest.raises(ValueError, match="judged by another model, of digest one, not another"):
+        scored(bare, second, stop=(0, AssertionError("nothing is to be drawn")))
+    assert (bare / "quality.parquet").read_bytes() == before
+    assert scored(bare, first) == 3
+
+
 def test_the_time_is_estimated_from_costs_before_anything_is_drawn(bare: Path) -> None:
     catalog = Catalog.load(bare, verify=False)
     executor = Executor(resolve_model=catalog.resolve_model, max_batch=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from catimage_accel.quality.clip_score import CLIPScore
 from catimage_accel.quality.metric import check_pairs
-from catimage_accel.quality.sources import read_tensors
+from catimage_accel.quality.sources import digest, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,8 @@ class AestheticScore:
         device: str | torch.device | None = None,
         batch_size: int = 64,
     ) -> None:
-        layers = _read_head(Path(head))
+        self._head = Path(head)
+        layers = _read_head(self._head)
         self._clip = clip if isinstance(clip, CLIPScore) else CLIPScore(clip, device=device, batch_size=batch_size)
         takes = layers[0][0].shape[1]
         if takes != self._clip.dimensions:
@@ -58,6 +60,11 @@ class AestheticScore:
         self._weight, self._bias = layers[0]
         for weight, bias in layers[1:]:
             self._weight, self._bias = weight @ self._weight, weight @ self._bias + bias
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of head and CLIP."""
+        return f"{digest([self._head])}+{self._clip.digest}"
 
     def score(self, images: Sequence[ImageLike], prompts: Sequence[str]) -> np.ndarray:
         """(n,) float64, about 1 to 10; ValueError for unlike lengths or something that is no image."""

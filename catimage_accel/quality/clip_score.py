@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from catimage_accel.quality.metric import check_pairs, to_rgb
-from catimage_accel.quality.sources import model_folder
+from catimage_accel.quality.sources import digest, model_folder
 from catimage_accel.routing.table import check_prompts
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class CLIPScore:
     def __init__(self, model: str | Path, *, device: str | torch.device | None = None, batch_size: int = 64) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-        folder = _clip_folder(model)
+        self._folder = folder = _clip_folder(model)
         # PIL's resizing rather than torchvision's where that is installed: scores are to be the same everywhere.
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
@@ -47,6 +48,11 @@ class CLIPScore:
             reason = str(error).strip().splitlines()[0]
             raise FileNotFoundError(f"{folder} is no whole transformers CLIP model: {reason}") from None
         self._model = self._model.float().eval().to(device or "cpu")
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the weights."""
+        return digest(list(self._folder.glob("*.safetensors")) or self._folder.glob("pytorch_model*.bin"))
 
     @property
     def dimensions(self) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from catimage_accel.quality.metric import check_pairs, to_rgb
-from catimage_accel.quality.sources import model_folder, read_tensors
+from catimage_accel.quality.sources import digest, model_folder, read_tensors
 from catimage_accel.storage import read_json
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ class ImageReward:
         from transformers import BertTokenizer, CLIPImageProcessorPil
 
         self.batch_size = batch_size
+        self._weights = folder / WEIGHTS_FILE
         self._device = device or "cpu"
-        tensors = read_tensors(folder / WEIGHTS_FILE)
+        tensors = read_tensors(self._weights)
         self._vision, self._text, self._head = _build(tensors, read_json(folder / CONFIG_FILE), folder)
         for part in (self._vision, self._text, self._head):
             part.float().eval().to(self._device)
@@ -82,6 +84,11 @@ class ImageReward:
         side = self._vision.config.image_size
         # CLIP's mean and deviation, bicubic and cropped to the middle, are what the model was trained with.
         self._processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the weights."""
+        return digest([self._weights])
 
     def score(self, images: Sequence[ImageLike], prompts: Sequence[str]) -> np.ndarray:
         """(n,) float64; ValueError for unlike lengths or something that is no image."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -56,3 +57,12 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
     if not isinstance(tensors, Mapping) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
         raise ValueError(f"{path} holds a {type(tensors).__name__}; accepted: tensors by name (a state dict)")
     return tensors
+
+
+def digest(files: Iterable[Path]) -> str:
+    """The sha256 of the files' contents, by which models are told apart."""
+    joined = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            joined.update(hashlib.file_digest(file, "sha256").digest())
+    return joined.hexdigest()

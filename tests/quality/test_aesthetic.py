@@ -61,6 +61,8 @@ def test_score_is_the_heads_own(
     assert scores.dtype == np.float64
     np.testing.assert_allclose(AestheticScore(path, judge).score(images, ["a dog"] * 4), scores, atol=1e-6)
     assert (metric.name, metric.higher_is_better) == ("aesthetic", True)
+    other = saved({name: 2 * tensor for name, tensor in head.state_dict().items()}, tmp_path / f"other.{suffix}")
+    assert AestheticScore(other, judge).digest != AestheticScore(path, judge).digest
     assert metric.score([], []).shape == (0,)
 
 

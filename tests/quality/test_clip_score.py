@@ -80,9 +80,13 @@ def test_weights_without_safetensors_are_read_from_the_bin_file(
     hub: Path, clip_folder: Path, judge: CLIPScore, images: list[Image.Image]
 ) -> None:
     snapshot = in_hub(hub, "owner/clip", clip_folder)
-    torch.save(CLIPModel.from_pretrained(clip_folder).state_dict(), snapshot / "pytorch_model.bin")
+    weights = CLIPModel.from_pretrained(clip_folder).state_dict()
+    torch.save(weights, snapshot / "pytorch_model.bin")
     (snapshot / "model.safetensors").unlink()
+    before = CLIPScore("owner/clip").digest
     assert CLIPScore("owner/clip").score(images, CAPTIONS) == pytest.approx(judge.score(images, CAPTIONS), abs=1e-6)
+    torch.save({name: 2 * tensor for name, tensor in weights.items()}, snapshot / "pytorch_model.bin")
+    assert len({CLIPScore("owner/clip").digest, before, judge.digest}) == 3, "weights are told apart"
 
 
 def test_a_folder_wins_over_the_hub(
