@@ -239,7 +239,7 @@ def test_profile_scores_one_drawing_by_several_metrics(tiny_catalog: Path, tmp_p
     before = pyarrow.parquet.read_table(folder / "quality.parquet").num_rows
     first = catimage(*run)
     assert first.exit_code == 0, first.output
-    assert "6 images to draw, how long is told after 1 prompts on" in first.stderr
+    assert "6 images to draw, how long is told after the first chunk on" in first.stderr
     assert "3 images to draw, about" in first.stderr
     assert "6 scores added" in first.stderr
     both = [*run, "--metric", "aesthetic", "--aesthetic-head", head, "--aesthetic-clip", folder / "judge"]

@@ -86,7 +86,7 @@ def profile(
             from catimage_accel.scoring import score_candidates
 
             def estimate(images: int, seconds: float | None) -> None:
-                time = f"how long is told after {chunk} prompts" if seconds is None else f"about {_about(seconds)}"
+                time = "how long is told after the first chunk" if seconds is None else f"about {_about(seconds)}"
                 say(f"{images:,} images to draw, {time} on {profiled_device(found)}")
 
             total = len(set(texts)) * len(loaded.candidates) * seeds
