@@ -90,9 +90,9 @@ class Catalog:
 
     ``flops`` is floating-point operations an image (text encoder, guidance, all steps and the decode) and
     ``milliseconds`` [device][engine][candidate][batch size] the time an image; both empty before `catimage profile`.
-    ``judge`` is the CLIP folder that scores pictures by ``metric``, relative to ``folder`` or absolute; ``tradeoff``
-    what routing uses unless told otherwise: the quality, in the metric's unit, that one gives up to save the dearest
-    candidate's cost.
+    ``judge`` is the CLIP that scores pictures by ``metric``: a folder, relative to ``folder`` or absolute, or a hub id.
+    ``tradeoff`` is what routing uses unless told otherwise: the quality, in the metric's unit, that one gives up to
+    save the dearest candidate's cost.
     """
 
     folder: Path
@@ -146,7 +146,7 @@ class Catalog:
                 catalog.resolve_model(candidate.model)
                 _require(folder / candidate.model / candidate.unet / "config.json", path, candidate.name, "unet",
                          candidate.unet)  # fmt: skip
-        if catalog.judge is not None:
+        if catalog.judge is not None and (not _HUB_ID.fullmatch(catalog.judge) or (folder / catalog.judge).is_dir()):
             _require(folder / catalog.judge / "config.json", path, catalog.name, "judge", catalog.judge)
         return catalog
 
@@ -183,10 +183,11 @@ class Catalog:
 
     @property
     def judge_folder(self) -> Path:
-        """The judge's folder; ValueError if the catalog names none."""
+        """The judge's folder; a hub id is downloaded. ValueError if the catalog names none."""
         if self.judge is None:
-            raise ValueError(f"{self.folder / CATALOG_FILE}: judge is missing; name a CLIP folder that scores")
-        return self.folder / self.judge
+            raise ValueError(f"{self.folder / CATALOG_FILE}: judge is missing; name a CLIP folder or a hub id")
+        folder = self.folder / self.judge
+        return _download(self.judge) if _HUB_ID.fullmatch(self.judge) and not folder.is_dir() else folder
 
     def quality_table(self) -> ScoreTable:
         """The measured scores, mean over seeds, in this catalog's metric."""
@@ -267,5 +268,3 @@ def _download(repository: str) -> Path:
 def _require(file: Path, catalog: Path, owner: str, name: str, value: str) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{catalog}: {owner}: {name} is {value!r}, but {file} is missing")
-
-

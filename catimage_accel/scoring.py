@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +15,17 @@ import torch
 
 from catimage_accel.catalog import QUALITY_FILE, Candidate, Catalog
 from catimage_accel.executor import Executor, Job
+from catimage_accel.profiling import profiled_device
 from catimage_accel.storage import write_atomic
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from catimage_accel.quality import Metric
 
 CHUNK = 32
-_DEFINITIONS = b"candidates"
+_Image = tuple[str, Candidate, int]  # prompt, candidate, seed
+_DEFINITIONS, _MODELS = b"candidates", b"models"
 
 
 def image_seed(seed: int, prompt: str) -> int:
@@ -33,92 +39,161 @@ def image_seed(seed: int, prompt: str) -> int:
 def score_candidates(
     catalog: Catalog,
     executor: Executor,
-    metric: Metric,
+    metrics: Sequence[Metric],
     prompts: Sequence[str],
     seeds: Sequence[int] = (0,),
     *,
     chunk: int = CHUNK,
     advance: Callable[[int], None] = lambda _: None,
+    estimate: Callable[[int, float | None], None] = lambda *_: None,
 ) -> int:
     """Draws ``prompts`` x candidates x ``seeds`` and adds their scores to quality.parquet; returns the rows added.
 
-    After every ``chunk`` prompts the file is replaced as a whole, so a run that was stopped goes on from there.
-    Rows of a candidate whose definition has changed since are drawn again. ``advance`` is told of every image, those of
-    earlier runs included.
+    Every image is drawn once for all ``metrics``, unless an earlier run has its scores. After every ``chunk``
+    prompts, and every metric of them, the file is replaced as a whole, so a run that was stopped goes on from there.
+    If an image can't be drawn, those of its chunk are scored all the same before its error is raised. Rows of a
+    candidate whose definition has changed since are drawn again; rows of other metrics stay. ValueError, before
+    anything is drawn, if the file has scores of one of ``metrics`` by another model.
+
+    ``advance`` is told of every image, those of earlier runs included. ``estimate`` is told, before anything is drawn,
+    the number of images to draw and the seconds that will take by costs.json, or None where it has no times of this
+    device; then, once the first chunk is done, again: the images left and the seconds by what that chunk took.
     """
-    table = _Scores(catalog, metric.name)
+    names = [metric.name for metric in metrics]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"metrics are {names}; accepted: at least 1, each once")
+    table = _Scores(catalog, metrics)
     before = len(table.rows)
     wanted = list(dict.fromkeys(prompts))
-    for start in range(0, len(wanted), chunk):
-        todo = [
+    chunks = [
+        [
             (prompt, candidate, image_seed(seed, prompt))
             for prompt in wanted[start : start + chunk]
             for candidate in catalog.candidates
             for seed in seeds
         ]
-        missing = [one for one in todo if (one[0], one[1].name, one[2]) not in table.rows]
-        advance(len(todo) - len(missing))
-        if not missing:
+        for start in range(0, len(wanted), chunk)
+    ]
+    missing = [[one for one in todo if any(table.lacks(name, one) for name in names)] for todo in chunks]
+    left = Counter(candidate.name for part in missing for _, candidate, _ in part)
+    seconds = drawing_seconds(catalog, executor, left)
+    if left:
+        estimate(left.total(), seconds)
+    for todo, part in zip(chunks, missing, strict=True):
+        advance(len(todo) - len(part))
+        if not part:
             continue
-        images: list[Any] = [None] * len(missing)
-        for finished in executor.run(_jobs(missing)):
-            if finished.error is not None:
-                raise finished.error
-            images[finished.key] = finished.image
-            advance(1)
-        scores = metric.score(images, [prompt for prompt, _, _ in missing])
-        for (prompt, candidate, seed), score in zip(missing, scores.tolist(), strict=True):
-            table.rows[prompt, candidate.name, seed] = float(score)
-        table.write()
+        start = time.perf_counter()
+        drawn, error = _draw(executor, part, advance)
+        for metric in metrics:
+            new = [(one, image) for one, image in drawn if table.lacks(metric.name, one)]
+            if not new:
+                continue
+            scores = metric.score([image for _, image in new], [prompt for (prompt, _, _), _ in new])
+            for (one, _), score in zip(new, scores.tolist(), strict=True):
+                table.add(metric.name, one, score)
+            table.write()
+        if error is not None:
+            raise error
+        done = Counter(candidate.name for _, candidate, _ in part)
+        left -= done
+        if left and seconds is None:
+            seconds = (time.perf_counter() - start) * _work(catalog, left) / _work(catalog, done)
+            estimate(left.total(), seconds)
     return len(table.rows) - before
 
 
-def _jobs(items: Sequence[tuple[str, Candidate, int]]) -> Iterator[Job]:
+def drawing_seconds(catalog: Catalog, executor: Executor, images: Mapping[str, int]) -> float | None:
+    """The seconds to draw so many ``images`` by candidate name; None if costs.json lacks one of them on this device.
+
+    By the time an image at the largest batch size measured that the executor may use.
+    """
+    engines = catalog.milliseconds.get(profiled_device(executor.device), {})
+    total = 0.0
+    for name, number in images.items():
+        times = engines.get(catalog.candidate(name).engine, {}).get(name)
+        if not times:
+            return None
+        sizes = sorted(int(size) for size in times)
+        fitting = [size for size in sizes if size <= executor.max_batch] or sizes[:1]
+        total += number * times[str(fitting[-1])] / 1000
+    return total
+
+
+def _work(catalog: Catalog, images: Mapping[str, int]) -> float:
+    known = all(name in catalog.flops for name in images)
+    return float(sum(number * (catalog.flops[name] if known else 1) for name, number in images.items()))
+
+
+def _draw(
+    executor: Executor, items: Sequence[_Image], advance: Callable[[int], None]
+) -> tuple[list[tuple[_Image, np.ndarray]], Exception | None]:
+    """What could be drawn of ``items``, in their order, and the first error."""
+    images: dict[int, np.ndarray] = {}
+    error: Exception | None = None
+    for finished in executor.run(_jobs(items)):
+        if finished.image is None or finished.error is not None:
+            error = error or finished.error
+            continue
+        images[finished.key] = finished.image
+        advance(1)
+    return [(items[index], images[index]) for index in sorted(images)], error
+
+
+def _jobs(items: Sequence[_Image]) -> Iterator[Job]:
     for index, (prompt, candidate, seed) in enumerate(items):
         yield Job(prompt, candidate, torch.Generator().manual_seed(seed), key=index)
 
 
 class _Scores:
-    """quality.parquet in memory: (prompt, candidate, seed) -> score of one metric; other metrics' rows are kept."""
+    """quality.parquet in memory: (prompt, candidate, seed, metric) -> score."""
 
-    def __init__(self, catalog: Catalog, metric: str) -> None:
+    def __init__(self, catalog: Catalog, metrics: Sequence[Metric]) -> None:
         import pyarrow.parquet
 
-        self.path, self.metric = catalog.folder / QUALITY_FILE, metric
+        self.path = catalog.folder / QUALITY_FILE
         self.definitions = {candidate.name: _definition(candidate) for candidate in catalog.candidates}
-        self.rows: dict[tuple[str, str, int], float] = {}
-        self.others: list[dict[str, Any]] = []
+        self.models = {metric.name: str(found) for metric in metrics if (found := getattr(metric, "digest", None))}
+        self.rows: dict[tuple[str, str, int, str], float] = {}
         if not self.path.is_file():
             return
         try:
             stored = pyarrow.parquet.ParquetFile(self.path).read()
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} is not a whole Parquet file: {error}") from None
-        drawn_as = json.loads((stored.schema.metadata or {}).get(_DEFINITIONS, b"{}"))
+        metadata = stored.schema.metadata or {}
+        scored_by = json.loads(metadata.get(_MODELS, b"{}"))
+        for name in self.models.keys() & scored_by.keys():
+            if self.models[name] != scored_by[name]:
+                raise ValueError(
+                    f"{self.path} has {name} by another model, of digest {scored_by[name]}, not {self.models[name]}; "
+                    f"accepted: that model, or a file without those scores"
+                )
+        self.models = scored_by | self.models
+        drawn_as = json.loads(metadata.get(_DEFINITIONS, b"{}"))
         for row in stored.to_pylist():
             name = row["candidate"]
-            if name not in self.definitions or drawn_as.get(name, self.definitions[name]) != self.definitions[name]:
-                continue
-            if row["metric"] == metric:
-                self.rows[row["prompt"], name, row["seed"]] = row["score"]
-            else:
-                self.others.append(row)
+            if name in self.definitions and drawn_as.get(name, self.definitions[name]) == self.definitions[name]:
+                self.rows[row["prompt"], name, row["seed"], row["metric"]] = row["score"]
+
+    def lacks(self, metric: str, image: _Image) -> bool:
+        prompt, candidate, seed = image
+        return (prompt, candidate.name, seed, metric) not in self.rows
+
+    def add(self, metric: str, image: _Image, score: float) -> None:
+        prompt, candidate, seed = image
+        self.rows[prompt, candidate.name, seed, metric] = float(score)
 
     def write(self) -> None:
         import pyarrow.parquet
 
-        rows = [
-            {"prompt": prompt, "candidate": candidate, "seed": seed, "metric": self.metric, "score": score}
-            for (prompt, candidate, seed), score in self.rows.items()
-        ]
         schema = pyarrow.schema(
             {"prompt": "string", "candidate": "string", "seed": "int64", "metric": "string", "score": "float64"},
-            metadata={_DEFINITIONS: json.dumps(self.definitions)},
+            metadata={_DEFINITIONS: json.dumps(self.definitions), _MODELS: json.dumps(self.models)},
         )
+        rows = [dict(zip(schema.names, (*key, score), strict=True)) for key, score in self.rows.items()]
         content = io.BytesIO()
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(rows + self.others, schema), content, compression="zstd"
-        )
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), content, compression="zstd")
         write_atomic(self.path, content.getvalue())
 
 

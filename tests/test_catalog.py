@@ -160,6 +160,19 @@ def test_a_missing_file_is_named(catalog_copy: Path, removed: str, use: Callable
     one_line(lambda: use(Catalog.load(catalog_copy, verify=False)), str(path), kind=FileNotFoundError)
 
 
+def test_a_judge_may_be_a_hub_id(catalog_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = catalog_copy / "catalog.toml"
+    path.write_text(path.read_text().replace('judge = "judge"', 'judge = "owner/clip"'))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    catalog = Catalog.load(catalog_copy, verify=False)
+    one_line(lambda: catalog.judge_folder, "'owner/clip'", "the hub", kind=FileNotFoundError)
+    repository = tmp_path / "hub" / "models--owner--clip"
+    shutil.move(catalog_copy / "judge", repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    assert (catalog.judge_folder / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("source", ["no-such-folder", "nobody/nothing-here", "", 7])
 def test_an_unknown_catalog_is_named(source: object) -> None:
     with pytest.raises((FileNotFoundError, ValueError)) as raised:

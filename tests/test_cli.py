@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -216,6 +218,7 @@ def test_profile_fit_and_eval_make_a_bare_catalog_usable(tiny_catalog: Path, tmp
     profiled = catimage("profile", folder, "--prompts", prompts, "--batch", 1, "--chunk", 4)
     assert profiled.exit_code == 0, profiled.output
     assert "18 scores added" in profiled.stderr
+    assert profiled.stderr.count("images to draw") == profiled.stderr.count("18 images to draw, about") == 1
     again = catimage("profile", folder, "--prompts", prompts, "--no-timing")
     assert "0 scores added" in again.stderr
     fitted = catimage("router", "fit", folder, "--features", "text-encoder")
@@ -225,6 +228,57 @@ def test_profile_fit_and_eval_make_a_bare_catalog_usable(tiny_catalog: Path, tmp
     assert Image.open(tmp_path / "curves.png").width > 100
     drawn = catimage("generate", "a dog", "--catalog", folder, "--out", tmp_path / "out")
     assert drawn.exit_code == 0, drawn.output
+
+
+def test_profile_scores_one_drawing_by_several_metrics(tiny_catalog: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_catalog, tmp_path / "catalog")
+    prompts, head = tmp_path / "prompts.txt", tmp_path / "head.pth"
+    prompts.write_text("two dogs\nthree cats\n")
+    torch.save(torch.nn.Linear(8, 1).state_dict(), head)
+    run = ["profile", folder, "--prompts", prompts, "--no-timing", "--chunk", 1, "--metric", "sharpness"]
+    before = pyarrow.parquet.read_table(folder / "quality.parquet").num_rows
+    first = catimage(*run)
+    assert first.exit_code == 0, first.output
+    assert "6 images to draw, how long is told after the first chunk on" in first.stderr
+    assert "3 images to draw, about" in first.stderr
+    assert "6 scores added" in first.stderr
+    both = [*run, "--metric", "aesthetic", "--aesthetic-head", head, "--aesthetic-clip", folder / "judge"]
+    second = catimage(*both, "--metric", "aesthetic")
+    assert "6 scores added" in second.stderr, second.output
+    rows = pyarrow.parquet.read_table(folder / "quality.parquet").to_pylist()
+    found = [row["metric"] for row in rows if row["prompt"] in ("two dogs", "three cats")]
+    assert {name: found.count(name) for name in found} == {"sharpness": 6, "aesthetic": 6}
+    assert len(rows) == before + 12
+    again = catimage(*both)
+    assert "0 scores added" in again.stderr
+    assert "to draw" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        pytest.param(["--metric", "beauty"], ["'beauty'", "accepted: clip_score, sharpness"], id="unknown-metric"),
+        pytest.param(["--metric", "aesthetic"], ["--aesthetic-clip and --aesthetic-head"], id="no-head"),
+        pytest.param(["--metric", "image_reward"], ["needs --image-reward"], id="no-reward-model"),
+        pytest.param(
+            ["--metric", "image_reward", "--image-reward", "./nowhere"], ["no folder ./nowhere"], id="no-such-model"
+        ),
+    ],
+)
+def test_a_metric_that_cannot_score_draws_nothing(
+    tiny_catalog: Path, tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    folder = shutil.copytree(tiny_catalog, tmp_path / "catalog")
+    (folder / "costs.json").unlink()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("two dogs\n")
+    done = catimage("profile", folder, "--prompts", prompts, *arguments)
+    assert done.exit_code == 2
+    (line,) = [line for line in done.stderr.splitlines() if "loading" not in line and line.strip()]
+    for part in parts:
+        assert part in line
+    assert not (folder / "costs.json").exists(), "it is said before anything is measured"
+    assert catimage("profile", folder, "--metric", "sharpness").exit_code == 2, "there are no prompts to score"
 
 
 def test_eval_reads_any_table(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +14,11 @@ from catimage_accel.catalog import COSTS_FILE, Catalog
 from catimage_accel.cli.console import loading, progress_bar, say
 from catimage_accel.cli.files import read_prompts
 from catimage_accel.storage import CHECKSUMS_FILE, write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+    from catimage_accel.quality import Metric
 
 
 def profile(
@@ -23,23 +30,33 @@ def profile(
     first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes to time; 1, 4 and 16 if absent.")] = None,
     timing: Annotated[bool, typer.Option(help="Measure milliseconds, too.")] = True,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="clip_score (the default), sharpness, aesthetic or image_reward; repeat it for several."),
+    ] = None,
+    aesthetic_head: Annotated[Path | None, typer.Option(help="For aesthetic: the head, .safetensors or .pth.")] = None,
+    aesthetic_clip: Annotated[str | None, typer.Option(help="For aesthetic: its CLIP, a folder or hub id.")] = None,
+    image_reward: Annotated[str | None, typer.Option(help="For image_reward: the model, a folder or hub id.")] = None,
     chunk: Annotated[int, typer.Option(min=1, help="Prompts between two writes of quality.parquet.")] = 32,
     max_batch: Annotated[int, typer.Option(min=1, help="Images in flight.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a CUDA device where there is one.")] = None,
 ) -> None:
     """Measure a catalog: FLOPs and milliseconds an image into costs.json, scores into quality.parquet.
 
-    Run it again after an interruption and it goes on with the prompts that have no score yet.
+    Run it again after an interruption and it goes on with the prompts that have no score yet. One drawing serves all
+    metrics of a run.
     """
     loaded = Catalog.load(catalog, verify=False)
+    options = {"--aesthetic-head": aesthetic_head, "--aesthetic-clip": aesthetic_clip, "--image-reward": image_reward}
     texts: list[str] = []
+    if metric and prompts is None:
+        raise ValueError(f"metric is {', '.join(metric)}, but there is nothing to score; give --prompts")
     if prompts is not None:
         texts, problems = read_prompts(prompts)
         for problem in problems:
             say(problem)
         if not texts:
             raise ValueError(f"prompts is {str(prompts)!r}, which has no prompts; accepted: text, one prompt a line")
-        judge = loaded.judge_folder
 
     with loading(f"catalog {loaded.name}"):
         from catimage_accel.arguments import find_device
@@ -50,6 +67,7 @@ def profile(
         executor = Executor(max_batch=max_batch, device=found, resolve_model=loaded.resolve_model)
         for candidate in loaded.candidates:
             executor.check(candidate)
+        metrics = _metrics(metric or ["clip_score"], loaded, options, found) if texts else []
     with progress_bar() as progress:
         bar = progress.add_task("counting FLOPs", total=len(loaded.candidates))
         flops = count_flops(loaded, lambda number: progress.advance(bar, number))
@@ -65,17 +83,49 @@ def profile(
                 engines.setdefault(candidate.engine, {})[candidate.name] = timed[candidate.name]
             _write_costs(loaded, flops, milliseconds)
         if texts:
-            from catimage_accel.quality import CLIPScore
             from catimage_accel.scoring import score_candidates
+
+            def estimate(images: int, seconds: float | None) -> None:
+                time = "how long is told after the first chunk" if seconds is None else f"about {_about(seconds)}"
+                say(f"{images:,} images to draw, {time} on {profiled_device(found)}")
 
             total = len(set(texts)) * len(loaded.candidates) * seeds
             bar = progress.add_task("drawing and scoring", total=total)
             added = score_candidates(
-                loaded, executor, CLIPScore(judge), texts, range(first_seed, first_seed + seeds), chunk=chunk,
-                advance=lambda number: progress.advance(bar, number),
+                replace(loaded, flops=flops, milliseconds=milliseconds), executor, metrics, texts,
+                range(first_seed, first_seed + seeds), chunk=chunk,
+                advance=lambda number: progress.advance(bar, number), estimate=estimate,
             )  # fmt: skip
             say(f"{added} scores added")
     _refresh_checksums(loaded)
+
+
+def _metrics(
+    names: Sequence[str], catalog: Catalog, options: Mapping[str, Path | str | None], device: torch.device
+) -> list[Metric]:
+    from catimage_accel.quality import METRICS, load_metric
+
+    needs = {"aesthetic": ("--aesthetic-clip", "--aesthetic-head"), "image_reward": ("--image-reward",)}
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metric is {name!r}; accepted: {', '.join(METRICS)}")
+        for option in needs.get(name, ()):
+            if options[option] is None:
+                raise ValueError(f"metric is {name}, which needs {' and '.join(needs[name])}")
+    clips = {"clip_score": catalog.judge_folder} if "clip_score" in names else {}
+    return [
+        load_metric(
+            name, clip=options["--aesthetic-clip"] if name == "aesthetic" else clips.get(name),
+            weights=options["--image-reward" if name == "image_reward" else "--aesthetic-head"], device=device,
+        )
+        for name in dict.fromkeys(names)
+    ]  # fmt: skip
+
+
+def _about(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _write_costs(catalog: Catalog, flops: dict[str, int], milliseconds: dict[str, dict]) -> None:

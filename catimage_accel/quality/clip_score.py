@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from catimage_accel.quality.metric import check_pairs, to_rgb
+from catimage_accel.quality.sources import digest, model_folder
 from catimage_accel.routing.table import check_prompts
 
 if TYPE_CHECKING:
@@ -21,28 +23,41 @@ class CLIPScore:
     """``max(cos(image, caption), 0)`` of a CLIP model's two embeddings, in [0, 1], higher is better.
 
     As in Hessel et al., "CLIPScore" (arXiv 2104.08718), without its factor 2.5; ``torchmetrics`` reports 100 times
-    this. Values compare only under one model. ``folder`` is a transformers CLIP folder (model as safetensors,
-    tokenizer, image processor); nothing is downloaded. Captions are cut at the model's length. FileNotFoundError
-    without the folder.
+    this. Values compare only under one model. ``model`` is a transformers CLIP folder (weights, tokenizer, image
+    processor) or, where there is no such folder, a hub id such as "openai/clip-vit-large-patch14", which is then
+    downloaded; of a folder nothing is. Captions are cut at the model's length. FileNotFoundError without the model.
     """
 
     name = "clip_score"
     higher_is_better = True
     range = (0.0, 1.0)
 
-    def __init__(self, folder: str | Path, *, device: str | torch.device | None = None, batch_size: int = 64) -> None:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"no folder {folder}, expected a transformers CLIP model")
+    def __init__(self, model: str | Path, *, device: str | torch.device | None = None, batch_size: int = 64) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        self._folder = folder = _clip_folder(model)
         # PIL's resizing rather than torchvision's where that is installed: scores are to be the same everywhere.
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         self.batch_size = batch_size
-        self._model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        try:
+            self._model = CLIPModel.from_pretrained(folder, local_files_only=True, weights_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(f"{folder} is no whole transformers CLIP model: {reason}") from None
         self._model = self._model.float().eval().to(device or "cpu")
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the weights."""
+        return digest(list(self._folder.glob("*.safetensors")) or self._folder.glob("pytorch_model*.bin"))
+
+    @property
+    def dimensions(self) -> int:
+        """The length of an embedding."""
+        return int(self._model.config.projection_dim)
 
     def score(self, images: Sequence[ImageLike], prompts: Sequence[str]) -> np.ndarray:
         """(n,) float64 in [0, 1]; ValueError for unlike lengths or something that is no image."""
@@ -76,7 +91,7 @@ class CLIPScore:
     def _embed(self, number: int, features: Callable[[slice], torch.Tensor]) -> np.ndarray:
         import torch
 
-        rows = np.zeros((number, int(self._model.config.projection_dim)))
+        rows = np.zeros((number, self.dimensions))
         with torch.no_grad():
             for part in _slices(number, self.batch_size):
                 rows[part] = features(part).double().cpu().numpy()
@@ -103,6 +118,15 @@ def caption_accuracy(
     embedded = judge.embed_texts(texts).reshape(len(images), 1 + max(sizes), -1)
     cosines = np.einsum("nd,nmd->nm", judge.embed_images(images), embedded)
     return float((cosines[:, 0] > cosines[:, 1:].max(axis=1)).mean())
+
+
+def _clip_folder(model: str | Path) -> Path:
+    accepted = "a transformers CLIP model: its folder or a hub id"
+    folder = model_folder(model, accepted, ["*.json", "*.txt", "*.safetensors"])
+    if Path(model).is_dir() or any(folder.glob("*.safetensors")):
+        return folder
+    # Only if there is nothing better: what is in a .bin is not run, but one as large again would be downloaded.
+    return model_folder(model, accepted, ["pytorch_model*.bin"])
 
 
 def _slices(number: int, size: int) -> Iterator[slice]:

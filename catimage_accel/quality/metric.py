@@ -21,6 +21,9 @@ class Metric(Protocol):
     ``name`` is the metric's name in score files, ``range`` the lowest and highest value possible. ``score`` works in
     batches and gives (n,) float64; images are PIL images or (height, width, 3) uint8 arrays, of any sizes. Lists of
     unlike length, and anything else among the images, are a ValueError naming the position.
+
+    A metric with a model may also have ``digest``, a string that differs between models: scores by unlike models
+    are then kept from mixing in one score file.
     """
 
     @property

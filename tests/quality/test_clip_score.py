@@ -7,43 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_cache import in_hub
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from catimage_accel.quality import CLIPScore, Metric, caption_accuracy
-from catimage_accel.zoo.training.tokenizer import build_tokenizer
 
 CAPTIONS = ["a dog on a red background", "two lemons on blue", "a crown above a bear", "a cat"]
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(captions=100)
-    part = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    CLIPModel(
-        CLIPConfig(
-            text_config=part | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 24},
-            vision_config=part | {"image_size": 32, "patch_size": 8},
-            projection_dim=16,
-        )
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def judge(clip_folder: Path) -> CLIPScore:
     return CLIPScore(clip_folder, batch_size=3)
-
-
-@pytest.fixture(scope="module")
-def images() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(256, size=(40, 40, 3), dtype=np.uint8)) for _ in CAPTIONS]
 
 
 def test_score_is_the_models_own_cosine(clip_folder: Path, judge: Metric, images: list[Image.Image]) -> None:
@@ -90,7 +65,50 @@ def test_wrong_input_is_named(judge: CLIPScore, images: list[Image.Image], tmp_p
         caption_accuracy(judge, images, CAPTIONS, [["a"], ["a"], ["a"], ["a", "b"]])
     with pytest.raises(ValueError, match="0 images"):
         caption_accuracy(judge, [], [], [])
-    with pytest.raises(FileNotFoundError, match="expected a transformers CLIP model"):
-        CLIPScore(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="batch_size is 0"):
         CLIPScore(tmp_path, batch_size=0)
+
+
+def test_a_hub_id_is_loaded_from_the_hubs_cache(
+    hub: Path, clip_folder: Path, judge: CLIPScore, images: list[Image.Image]
+) -> None:
+    in_hub(hub, "owner/clip", clip_folder)
+    assert CLIPScore("owner/clip").score(images, CAPTIONS) == pytest.approx(judge.score(images, CAPTIONS), abs=1e-6)
+
+
+def test_weights_without_safetensors_are_read_from_the_bin_file(
+    hub: Path, clip_folder: Path, judge: CLIPScore, images: list[Image.Image]
+) -> None:
+    snapshot = in_hub(hub, "owner/clip", clip_folder)
+    weights = CLIPModel.from_pretrained(clip_folder).state_dict()
+    torch.save(weights, snapshot / "pytorch_model.bin")
+    (snapshot / "model.safetensors").unlink()
+    before = CLIPScore("owner/clip").digest
+    assert CLIPScore("owner/clip").score(images, CAPTIONS) == pytest.approx(judge.score(images, CAPTIONS), abs=1e-6)
+    torch.save({name: 2 * tensor for name, tensor in weights.items()}, snapshot / "pytorch_model.bin")
+    assert len({CLIPScore("owner/clip").digest, before, judge.digest}) == 3, "weights are told apart"
+
+
+def test_a_folder_wins_over_the_hub(
+    hub: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_hub(hub, "owner/clip", clip_folder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "clip").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="owner/clip is no whole transformers CLIP model"):
+        CLIPScore("owner/clip")
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        pytest.param(Path("owner/clip"), "no folder owner/clip, expected a transformers CLIP model", id="a-path"),
+        pytest.param("./owner/clip", "no folder ./owner/clip, expected a transformers", id="no-hub-id"),
+        pytest.param("owner/clip", "no folder owner/clip, and it could not be had from the hub", id="not-in-reach"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(hub: Path, model: str | Path, text: str) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        CLIPScore(model)
+    assert str(raised.value).startswith(text)
+    assert "its folder or a hub id" in str(raised.value)

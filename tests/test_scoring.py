@@ -1,0 +1,245 @@
+"""Scores that survive interruption: nothing is drawn twice for them, and nothing that was written is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from catimage_accel import Catalog
+from catimage_accel.executor import Executor, Finished, Job
+from catimage_accel.profiling import profiled_device
+from catimage_accel.scoring import image_seed, score_candidates
+
+PROMPTS = ["a dog", "a cat", "a bee", "a dog"]
+
+
+class Brightness:
+    """A metric that needs no model, and can be interrupted."""
+
+    name, higher_is_better, range = "brightness", True, (0.0, 255.0)
+
+    def __init__(self, batches: int = 1000) -> None:
+        self.left = batches
+        self.seen = 0
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.seen += len(images)
+        return np.array([image.mean() for image in images])
+
+
+class Redness(Brightness):
+    """A second metric."""
+
+    name = "redness"
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        super().score(images, prompts)
+        return np.array([image[..., 0].mean() for image in images])
+
+
+class Interrupted(Executor):
+    """An executor that is stopped, or fails with one job, after ``images`` images."""
+
+    def __init__(self, images: int, error: BaseException, **options: Any) -> None:
+        super().__init__(**options)
+        self.left, self.error = images, error
+
+    def run(self, jobs: Iterable[Job], **options: Any) -> Iterator[Finished]:
+        for finished in super().run(jobs, **options):
+            self.left -= 1
+            if self.left == -1:
+                if not isinstance(self.error, Exception):
+                    raise self.error
+                finished = dataclasses.replace(finished, image=None, error=self.error)
+            yield finished
+
+
+def scored(
+    folder: Path, *metrics: Brightness, seeds: Sequence[int] = (0,), stop: tuple[int, BaseException] | None = None,
+    **options: Any,
+) -> int:  # fmt: skip
+    catalog = Catalog.load(folder, verify=False)
+    executor = (
+        Executor(resolve_model=catalog.resolve_model)
+        if stop is None
+        else Interrupted(*stop, resolve_model=catalog.resolve_model)
+    )
+    return score_candidates(catalog, executor, metrics, PROMPTS, seeds, chunk=2, **options)
+
+
+@pytest.fixture
+def bare(tiny_catalog: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(tiny_catalog, tmp_path / "catalog"))
+    (folder / "quality.parquet").unlink()
+    return folder
+
+
+def table(folder: Path, metric: str = "brightness") -> dict[tuple[str, str, int], float]:
+    rows = pyarrow.parquet.read_table(folder / "quality.parquet").to_pylist()
+    found = [(row["prompt"], row["candidate"], row["seed"], row["metric"], row["score"]) for row in rows]
+    assert len({row[:4] for row in found}) == len(found)
+    return {row[:3]: row[4] for row in found if row[3] == metric}
+
+
+def test_an_interrupted_profile_goes_on_where_it_was(bare: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(bare, tmp_path / "whole"))
+    assert scored(whole, Brightness()) == 9
+    with pytest.raises(KeyboardInterrupt):
+        scored(bare, Brightness(batches=1))
+    assert len(table(bare)) == 6
+    assert scored(bare, Brightness()) == 3
+    assert table(bare) == pytest.approx(table(whole), abs=0.1)
+    assert scored(bare, Brightness(batches=0)) == 0
+    assert not list(bare.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("brightness", "redness", "images", "kept"),
+    [
+        pytest.param(0, 0, None, (0, 0), id="in-the-first-score"),
+        pytest.param(1, 0, None, (6, 0), id="between-two-metrics-of-a-chunk"),
+        pytest.param(1, 1, None, (6, 6), id="in-the-second-chunks-score"),
+        pytest.param(9, 9, 0, (0, 0), id="before-the-first-image"),
+        pytest.param(9, 9, 8, (6, 6), id="while-drawing-the-second-chunk"),
+    ],
+)
+def test_several_metrics_stopped_anywhere_end_as_if_never_stopped(
+    bare: Path, tmp_path: Path, brightness: int, redness: int, images: int | None, kept: tuple[int, int]
+) -> None:
+    whole = Path(shutil.copytree(bare, tmp_path / "whole"))
+    assert scored(whole, Brightness(), Redness()) == 18
+    stop = None if images is None else (images, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        scored(bare, Brightness(brightness), Redness(redness), stop=stop)
+    written = (bare / "quality.parquet").exists()
+    found = tuple(len(table(bare, name)) if written else 0 for name in ("brightness", "redness"))
+    assert found == kept
+    first, second = Brightness(), Redness()
+    assert scored(bare, first, second) == 18 - sum(kept)
+    assert (first.seen, second.seen) == (9 - kept[0], 9 - kept[1]), "no score is made twice"
+    for name in ("brightness", "redness"):
+        assert table(bare, name) == pytest.approx(table(whole, name), abs=0.1)
+
+
+def test_an_image_is_drawn_once_for_all_metrics(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Job] = []
+    run = Executor.run
+
+    def counting(self: Executor, jobs: Iterable[Job]) -> Iterator[Finished]:
+        for finished in run(self, jobs):
+            drawn.append(finished.job)
+            yield finished
+
+    monkeypatch.setattr(Executor, "run", counting)
+    told: list[int] = []
+    assert scored(bare, Brightness(), Redness(), advance=told.append) == 18
+    assert (len(drawn), sum(told)) == (9, 9)
+    told.clear()
+    assert scored(bare, Brightness(), Redness(), advance=told.append) == 0
+    assert (len(drawn), sum(told)) == (9, 9)
+
+
+def test_an_image_that_fails_costs_no_other_its_score(bare: Path) -> None:
+    with pytest.raises(RuntimeError, match="no memory"):
+        scored(bare, Brightness(), stop=(2, RuntimeError("no memory")))
+    assert len(table(bare)) == 5
+    assert scored(bare, Brightness()) == 4
+
+
+def test_every_candidate_draws_a_prompt_with_the_same_seed(bare: Path) -> None:
+    assert scored(bare, Brightness(), seeds=(0, 1)) == 18
+    expected = {image_seed(seed, prompt) for seed in (0, 1) for prompt in ("a dog", "a cat", "a bee")}
+    assert len(expected) == 6
+    for name in ("cheap-2", "middle-3", "dear-4"):
+        assert {seed for _, candidate, seed in table(bare) if candidate == name} == expected
+
+
+def test_scores_of_a_changed_candidate_are_drawn_again(bare: Path) -> None:
+    scored(bare, Brightness())
+    path = bare / "catalog.toml"
+    path.write_text(path.read_text().replace("steps = 4", "steps = 3"))
+    before = table(bare)
+    assert scored(bare, Brightness()) == 3
+    changed = {name for key, score in table(bare).items() if score != before[key] for name in [key[1]]}
+    assert changed == {"dear-4"}
+
+
+def test_other_metrics_rows_stay(bare: Path, tiny_catalog: Path) -> None:
+    shutil.copy(tiny_catalog / "quality.parquet", bare)
+    scored(bare, Brightness())
+    assert len(Catalog.load(bare, verify=False).quality_table()) == 14
+    before = table(bare)
+    assert scored(bare, Redness()) == 9
+    assert table(bare) == before
+
+
+class Judged(Brightness):
+    """A metric with a model."""
+
+    name = "judged"
+
+    def __init__(self, digest: str) -> None:
+        super().__init__()
+        self.digest = digest
+
+
+def test_scores_of_two_models_do_not_mix(bare: Path) -> None:
+    first, second = Judged("one"), Judged("another")
+    with pytest.raises(KeyboardInterrupt):
+        scored(bare, first, Brightness(batches=0))
+    assert scored(bare, Brightness()) == 9, "a run without the metric keeps what its scores came from"
+    before = (bare / "quality.parquet").read_bytes()
+    with pytest.raises(ValueError, match="judged by another model, of digest one, not another"):
+        scored(bare, second, stop=(0, AssertionError("nothing is to be drawn")))
+    assert (bare / "quality.parquet").read_bytes() == before
+    assert scored(bare, first) == 3
+
+
+def test_the_time_is_estimated_from_costs_before_anything_is_drawn(bare: Path) -> None:
+    catalog = Catalog.load(bare, verify=False)
+    executor = Executor(resolve_model=catalog.resolve_model, max_batch=8)
+    # Batch 4 is the largest that max_batch allows.
+    times = {name: {"1": 9000.0, "4": 1000.0 * (i + 1), "16": 1.0} for i, name in enumerate(catalog.flops)}
+    catalog = dataclasses.replace(catalog, milliseconds={profiled_device(executor.device): {"eager": times}})
+    told: list[tuple[int, float | None]] = []
+
+    def estimate(images: int, seconds: float | None) -> None:
+        told.append((images, seconds))
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            score_candidates(catalog, executor, [Brightness()], PROMPTS, chunk=2, estimate=estimate)  # type: ignore[list-item]
+    assert told == [(9, pytest.approx(3 * (1 + 2 + 3)))] * 2
+    assert not (bare / "quality.parquet").exists()
+
+
+def test_without_times_of_the_device_the_first_chunk_tells(bare: Path) -> None:
+    told: list[tuple[int, float | None]] = []
+    scored(bare, Brightness(), estimate=lambda images, seconds: told.append((images, seconds)))
+    (before, after) = told
+    assert before == (9, None)
+    assert after[0] == 3
+    assert after[1] is not None
+    assert 0 < after[1] < 60
+    told.clear()
+    scored(bare, Brightness(), estimate=lambda images, seconds: told.append((images, seconds)))
+    assert told == [], "nothing is left to draw"
+
+
+@pytest.mark.parametrize(
+    "metrics", [pytest.param([], id="none"), pytest.param([Brightness(), Brightness()], id="one-twice")]
+)
+def test_metrics_must_differ(bare: Path, metrics: list[Brightness]) -> None:
+    with pytest.raises(ValueError, match=r"metrics are \[.*\]; accepted: at least 1, each once"):
+        scored(bare, *metrics)
