@@ -164,6 +164,14 @@ def test_every_candidate_draws_a_prompt_with_the_same_seed(bare: Path) -> None:
         assert {seed for _, candidate, seed in table(bare) if candidate == name} == expected
 
 
+def test_every_seed_draws_another_picture(bare: Path) -> None:
+    """torch's generator takes no notice of the upper half of a seed."""
+    scored(bare, Brightness(), seeds=range(3))
+    found = table(bare)
+    assert len(found) == 3 * 3 * 3
+    assert len({round(score, 6) for score in found.values()}) == len(found)
+
+
 def test_scores_of_a_changed_candidate_are_drawn_again(bare: Path) -> None:
     scored(bare, Brightness())
     path = bare / "catalog.toml"
