@@ -1,5 +1,7 @@
 """Predicting from a prompt alone how well each candidate will draw it, and choosing by that and the cost."""
 
+from catimage_accel.routing.calibration import Calibration
+from catimage_accel.routing.contenders import BASELINES, contenders
 from catimage_accel.routing.counts import CountFeatures
 from catimage_accel.routing.curves import (
     Curve,
@@ -10,26 +12,35 @@ from catimage_accel.routing.curves import (
     quality_neutral_cost,
 )
 from catimage_accel.routing.embedders import Embedder, JointEmbedder, NGramEmbedder, TextEncoderEmbedder
-from catimage_accel.routing.evaluation import Estimate, Evaluation, evaluate, judge
+from catimage_accel.routing.estimates import Estimate
+from catimage_accel.routing.evaluation import Evaluation, evaluate, judge
+from catimage_accel.routing.held_out import HeldOut, predict_held_out, training_for
+from catimage_accel.routing.kinds import prompt_kinds
 from catimage_accel.routing.knn import KNNRouter
 from catimage_accel.routing.loading import load_router
 from catimage_accel.routing.plots import plot_curves
 from catimage_accel.routing.policy import choose, choose_within_budget, tradeoff_for_budget
+from catimage_accel.routing.ratings import Ratings
+from catimage_accel.routing.reading import read_csv, read_parquet
 from catimage_accel.routing.routers import ConstantRouter, OracleRouter, RandomMixRouter, Router, check_candidates
 from catimage_accel.routing.table import ScoreTable
 
 __all__ = [
+    "BASELINES",
+    "Calibration",
     "ConstantRouter",
     "CountFeatures",
     "Curve",
     "Embedder",
     "Estimate",
     "Evaluation",
+    "HeldOut",
     "JointEmbedder",
     "KNNRouter",
     "NGramEmbedder",
     "OracleRouter",
     "RandomMixRouter",
+    "Ratings",
     "Router",
     "ScoreTable",
     "TextEncoderEmbedder",
@@ -37,6 +48,7 @@ __all__ = [
     "check_candidates",
     "choose",
     "choose_within_budget",
+    "contenders",
     "deferral_curve",
     "evaluate",
     "hull_curve",
@@ -44,6 +56,11 @@ __all__ = [
     "load_router",
     "oracle_curve",
     "plot_curves",
+    "predict_held_out",
+    "prompt_kinds",
     "quality_neutral_cost",
+    "read_csv",
+    "read_parquet",
     "tradeoff_for_budget",
+    "training_for",
 ]
