@@ -84,27 +84,30 @@ def _candidates(axes: Axes, found: Evaluation) -> None:
     axes.set_ylim(min(low, min(heights) - step), max(high, max(heights) + step))
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[str, Sequence[float], str]]) -> None:
-    """Names at the right of the curves' ends, those that lie close pushed apart about their middle: better curves on top."""
+End = tuple[str, Sequence[float], str]
+
+
+def _label_ends(axes: Axes, ends: Sequence[End]) -> None:
+    """Names at the right of the curves' ends; those that lie close are pushed apart, the better curve on top."""
     low, high = axes.get_ylim()
     step = LINE_SHARE * (high - low)
-    ordered = sorted(ends, key=lambda end: (round(end[1][-1] / step), sum(end[1])))
-    blocks: list[list[float]] = []
-    for _, curve, _ in ordered:
-        blocks.append([curve[-1]])
-        while len(blocks) > 1 and _middle(blocks[-1]) - _middle(blocks[-2]) < step * (len(blocks[-1] + blocks[-2]) / 2):
+    blocks: list[list[End]] = []
+    for end in sorted(ends, key=lambda end: end[1][-1]):
+        blocks.append([end])
+        while len(blocks) > 1 and _middle(blocks[-1]) - _middle(blocks[-2]) < step * len(blocks[-1] + blocks[-2]) / 2:
             last = blocks.pop()
             blocks[-1] += last
-    places = [_middle(block) + step * (i - (len(block) - 1) / 2) for block in blocks for i in range(len(block))]
-    for (name, _, colour), place in zip(ordered, places, strict=True):
-        axes.annotate(
-            name, (1.01, place), xycoords=("axes fraction", "data"), color=colour, fontsize=9, va="center",
-            annotation_clip=False,
-        )  # fmt: skip
+    for block in blocks:
+        start = _middle(block) - step * (len(block) - 1) / 2
+        for i, (name, _, colour) in enumerate(sorted(block, key=lambda end: sum(end[1]))):
+            axes.annotate(
+                name, (1.01, start + step * i), xycoords=("axes fraction", "data"), color=colour, fontsize=9,
+                va="center", annotation_clip=False,
+            )  # fmt: skip
 
 
-def _middle(heights: Sequence[float]) -> float:
-    return sum(heights) / len(heights)
+def _middle(block: Sequence[End]) -> float:
+    return sum(curve[-1] for _, curve, _ in block) / len(block)
 
 
 def _frame(axes: Axes) -> None:
