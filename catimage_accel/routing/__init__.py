@@ -17,9 +17,11 @@ from catimage_accel.routing.evaluation import Evaluation, evaluate, judge
 from catimage_accel.routing.held_out import HeldOut, predict_held_out, training_for
 from catimage_accel.routing.kinds import prompt_kinds
 from catimage_accel.routing.knn import KNNRouter
+from catimage_accel.routing.load import LoadTradeoff
 from catimage_accel.routing.loading import load_router
+from catimage_accel.routing.pacing import BudgetPacer
 from catimage_accel.routing.plots import plot_curves
-from catimage_accel.routing.policy import choose, choose_within_budget, tradeoff_for_budget
+from catimage_accel.routing.policy import choose, choose_reaching, choose_within_budget, tradeoff_for_budget
 from catimage_accel.routing.ratings import Ratings
 from catimage_accel.routing.reading import read_csv, read_parquet
 from catimage_accel.routing.routers import ConstantRouter, OracleRouter, RandomMixRouter, Router, check_candidates
@@ -27,6 +29,7 @@ from catimage_accel.routing.table import ScoreTable
 
 __all__ = [
     "BASELINES",
+    "BudgetPacer",
     "Calibration",
     "ConstantRouter",
     "CountFeatures",
@@ -37,6 +40,7 @@ __all__ = [
     "HeldOut",
     "JointEmbedder",
     "KNNRouter",
+    "LoadTradeoff",
     "NGramEmbedder",
     "OracleRouter",
     "RandomMixRouter",
@@ -47,6 +51,7 @@ __all__ = [
     "best_single",
     "check_candidates",
     "choose",
+    "choose_reaching",
     "choose_within_budget",
     "contenders",
     "deferral_curve",
