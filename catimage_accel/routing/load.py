@@ -15,8 +15,8 @@ class LoadTradeoff:
     the queue is. ``load``, ``low`` and ``high`` are in one unit: seconds of predicted wait, or images queued.
 
     It keeps a latency target while images come faster than the dear candidates are drawn, but slower than those that
-    ``busy`` chooses, if ``high`` is at most the target less the time that one dear image takes. For ``busy``,
-    ``tradeoff_for_budget`` of typical predictions finds the tradeoff whose mean cost the device can keep up with.
+    ``busy`` chooses, if ``high`` is at most the target less the time that one dear image takes. A safe ``busy`` is
+    ``tradeoff_for_budget`` of typical predictions with the cheapest candidate's cost as the budget.
     ValueError unless ``0 <= quiet <= busy`` and ``0 <= low < high``, all finite.
     """
 

@@ -40,6 +40,7 @@ def evaluate_routers(
     shrinkage: Shrinkage = None,
     folds: Annotated[int, typer.Option(min=2, help="Parts that the prompts are split into, each held out once.")] = 5,
     seed: Annotated[int, typer.Option(help="Of folds and bootstrap.")] = 0,
+    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = 1000,
     plot: Annotated[Path | None, typer.Option(help="Draw the deferral curves: .png, .svg or .pdf.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures here; - prints them instead of the table.")
@@ -71,11 +72,11 @@ def evaluate_routers(
         bar = progress.add_task("judging", total=len(factories) + 1)
         for name, factory in factories.items():
             test = None if train is None else judged
-            found[name] = evaluate(factory, training, folds=folds, test=test, seed=seed)
+            found[name] = evaluate(factory, training, folds=folds, test=test, seed=seed, resamples=resamples)
             progress.advance(bar)
         kinds = None if judged.kinds is None else [judged.kinds[row] for row in judged.complete_rows]
         left_out = len(judged) - len(complete)
-        found[ORACLE] = judge(complete.scores, complete, kinds=kinds, left_out=left_out, seed=seed)
+        found[ORACLE] = judge(complete.scores, complete, kinds=kinds, left_out=left_out, seed=seed, resamples=resamples)
         progress.advance(bar)
     if plot:
         from catimage_accel.routing import plot_curves

@@ -44,9 +44,7 @@ def _gains(found: Mapping[str, Evaluation], oracle: Evaluation) -> Table:
 
 def _along(found: Mapping[str, Evaluation], oracle: Evaluation) -> Table:
     shares = [f"{float(share):.0%}" for share in oracle.quality_at]
-    table = _table(
-        "router", *(f"at {share}" for share in shares), "best", "regret", "error", "slope", "gap slope"
-    )
+    table = _table("router", *(f"at {share}" for share in shares), "best", "regret", "error", "slope", "gap slope")
     for name, each in {**found, "oracle": oracle}.items():
         if name == "oracle":
             table.add_section()
@@ -62,7 +60,7 @@ def _along(found: Mapping[str, Evaluation], oracle: Evaluation) -> Table:
 def _table(*headings: str) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     return table
 
 
