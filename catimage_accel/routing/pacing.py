@@ -9,7 +9,7 @@ import numpy as np
 from catimage_accel.routing.policy import check_budget, check_quality, choose
 
 GRID = 256
-SHORTEST, GROWTH = 4, 1 / 64
+SHORTEST, GROWTH = 4, 1 / 64  # the horizon: prompts at first, then this share of the images so far
 CREDIT = 20  # dearest images that may be made up for after a stretch that had no use for the budget
 
 
