@@ -46,7 +46,7 @@ def plot_curves(
     for number, (name, found) in enumerate(evaluations.items()):
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(found.costs, found.curve, color=colour, linewidth=2)
-        share = "" if found.gain_share.value is None else f", gain share {found.gain_share.value:+.2f}"
+        share = "" if found.gain_share.value is None else f", gain share {found.gain_share.value:+z.2f}"
         ends.append((f"{name}{share}", found.curve, colour))
     _candidates(axes, first)
     _frame(axes)

@@ -35,7 +35,7 @@ def _gains(found: Mapping[str, Evaluation], oracle: Evaluation) -> Table:
     table = _table("router", "mean quality over cost", "gain share", "quality-neutral cost")
     for name, each in found.items():
         neutral = _interval(each.qnc, ".3f", missing="never")
-        table.add_row(name, _interval(each.area), _interval(each.gain_share, "+.3f"), neutral)
+        table.add_row(name, _interval(each.area), _interval(each.gain_share, "+z.3f"), neutral)
     table.add_section()
     table.add_row("best random mix", _interval(oracle.hull_area), "0", "1")
     table.add_row("oracle", _interval(oracle.area), "1", _interval(oracle.qnc, ".3f"))
