@@ -64,6 +64,18 @@ def check_tradeoff(tradeoff: Any) -> None:
         raise ValueError(f"tradeoff is {tradeoff!r}; accepted: a finite number >= 0")
 
 
+def check_min_quality(min_quality: Any) -> None:
+    if min_quality is not None and not (_is_real(min_quality) and math.isfinite(min_quality)):
+        raise ValueError(f"min_quality is {min_quality!r}; accepted: a finite number, in the catalog's metric")
+
+
+def check_one_of(**given: Any) -> None:
+    """ValueError naming those that are given (not None), if more than one is."""
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} are given; accepted: one of {', '.join(given)}, or none")
+
+
 def check_budget(budget: Any, costs: Mapping[str, float]) -> None:
     cheapest = min(costs, key=lambda name: costs[name])
     if budget is not None and not (_is_real(budget) and math.isfinite(budget) and budget >= costs[cheapest]):

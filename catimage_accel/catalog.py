@@ -17,7 +17,7 @@ from pydantic import Field
 from catimage_accel.storage import Strict, read_json, validated, verify_files, write_atomic, write_checksums
 
 if TYPE_CHECKING:
-    from catimage_accel.routing import Router, ScoreTable
+    from catimage_accel.routing import Ratings, Router, ScoreTable
 
 BUILT_IN = "emoji"
 CATALOG_FILE, COSTS_FILE, QUALITY_FILE = "catalog.toml", "costs.json", "quality.parquet"
@@ -190,13 +190,22 @@ class Catalog:
         return _download(self.judge) if _HUB_ID.fullmatch(self.judge) and not folder.is_dir() else folder
 
     def quality_table(self) -> ScoreTable:
-        """The measured scores, mean over seeds, in this catalog's metric."""
+        """The measured scores, mean over seeds, in this catalog's metric; ValueError when a pair is missing."""
         from catimage_accel.routing import ScoreTable
 
+        return ScoreTable.from_parquet(self._quality_path(), self.costs, self.metric)
+
+    def ratings(self) -> Ratings:
+        """As ``quality_table``, but pairs may be missing."""
+        from catimage_accel.routing import read_parquet
+
+        return read_parquet(self._quality_path(), self.costs, self.metric)
+
+    def _quality_path(self) -> Path:
         path = self.folder / QUALITY_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; make it with `catimage profile {self.folder} --prompts FILE`")
-        return ScoreTable.from_parquet(path, self.costs, self.metric)
+        return path
 
     def router(self) -> Router:
         """The router fitted on this catalog."""

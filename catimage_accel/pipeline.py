@@ -14,13 +14,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from catimage_accel.arguments import check_budget, check_prompts, check_tradeoff, find_device, generators_for, is_whole
+from catimage_accel.arguments import check_prompts, find_device, generators_for, is_whole
 from catimage_accel.catalog import BUILT_IN, Candidate, Catalog
+from catimage_accel.choosing import Chooser, Policy
 from catimage_accel.engines.loading import read_config
 from catimage_accel.executor import Executor, Finished, Job, Step
 
 if TYPE_CHECKING:
-    from catimage_accel.routing import Router
+    from catimage_accel.routing import BudgetPacer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[["RoutedPipeline", int, Any, dict[str, Any]], Mapping[str, Any] | None]
@@ -79,7 +80,7 @@ class RoutedPipeline:
         self.catalog = catalog
         self.device = find_device(device)
         self._executor = Executor(max_batch=max_batch, device=self.device, resolve_model=catalog.resolve_model)
-        self._router: Router | None = None
+        self._chooser = Chooser(catalog)
         self._progress_bar: dict[str, Any] = {}
 
     @classmethod
@@ -98,24 +99,36 @@ class RoutedPipeline:
         prompt: str | Sequence[str],
         *,
         tradeoff: float | None = None,
-        budget: float | None = None,
+        budget: float | BudgetPacer | None = None,
+        min_quality: float | None = None,
         candidate: str | None = None,
     ) -> list[Route]:
-        """The routes that a call with these arguments would take, seed 0 and no time spent; draws nothing."""
+        """The routes that a call with these arguments would take, seed 0 and no time spent; draws nothing.
+
+        A pacer given as ``budget`` is asked and not charged.
+        """
         prompts = check_prompts(prompt)
+        choices = self._chooser.choose(prompts, Policy(tradeoff, budget, min_quality, candidate).trial())
         return [
             Route(text, 0, chosen.name, predicted, self.catalog.costs[chosen.name])
-            for text, (chosen, predicted) in zip(
-                prompts, self._choose(prompts, tradeoff, budget, candidate), strict=True
-            )
+            for text, (chosen, predicted) in zip(prompts, choices, strict=True)
         ]
+
+    def pacer(self, budget: float, *, horizon: float = 50) -> BudgetPacer:
+        """A budget for a stream: given as ``budget`` to one call after another, their mean cost together keeps to it.
+
+        Fitted on the router's predictions for the profiled prompts; ``budget`` as in a call, ``horizon`` as in
+        ``BudgetPacer``. FileNotFoundError without scores or a router.
+        """
+        return self._chooser.pacer(budget, horizon)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
         tradeoff: float | None = None,
-        budget: float | None = None,
+        budget: float | BudgetPacer | None = None,
+        min_quality: float | None = None,
         candidate: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -130,8 +143,12 @@ class RoutedPipeline:
         Args:
             prompt: One prompt or a list. One that is too long for the tokenizer is cut off with a warning.
             tradeoff: Quality, in the catalog's metric, given up to save the dearest candidate's cost: finite, >= 0.
-                None, without ``budget`` and ``candidate``, means the catalog's own.
-            budget: Mean cost an image, in GFLOP: at least the cheapest candidate's.
+                At most one of this, ``budget``, ``min_quality`` and ``candidate`` is given; none of them means the
+                catalog's own tradeoff.
+            budget: Mean cost an image, in GFLOP: at least the cheapest candidate's. Or a ``pacer``, which keeps the
+                mean of all calls that it is given to.
+            min_quality: The predicted quality, in the catalog's metric, to draw each prompt with at the lowest cost;
+                where no candidate reaches it, the best predicted one draws.
             candidate: Draw everything with the candidate of this name, without routing.
             height, width: Pixels; None means the size that the candidate's UNet was trained on. Costs in the routes
                 are those of that size.
@@ -150,8 +167,8 @@ class RoutedPipeline:
             Exception: What kept an image from being drawn, when all others are done; ``stream`` hands out those.
         """
         stream = self.stream(
-            prompt, tradeoff=tradeoff, budget=budget, candidate=candidate, height=height, width=width,
-            num_images_per_prompt=num_images_per_prompt, generator=generator, output_type=output_type,
+            prompt, tradeoff=tradeoff, budget=budget, min_quality=min_quality, candidate=candidate, height=height,
+            width=width, num_images_per_prompt=num_images_per_prompt, generator=generator, output_type=output_type,
             callback_on_step_end=callback_on_step_end,
         )  # fmt: skip
         from tqdm.auto import tqdm
@@ -174,7 +191,8 @@ class RoutedPipeline:
         prompt: str | Sequence[str],
         *,
         tradeoff: float | None = None,
-        budget: float | None = None,
+        budget: float | BudgetPacer | None = None,
+        min_quality: float | None = None,
         candidate: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -189,7 +207,9 @@ class RoutedPipeline:
             raise ValueError(f"output_type is {output_type!r}; accepted: {', '.join(OUTPUT_TYPES)}")
         if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; accepted: a whole number >= 1")
-        choices = self._choose(prompts, tradeoff, budget, candidate)
+        policy = Policy(tradeoff, budget, min_quality, candidate)
+        trial = policy.trial()
+        choices = self._chooser.choose(prompts, trial, num_images_per_prompt)
         sizes = {}
         for name in sorted({chosen.name for chosen, _ in choices}):
             self._executor.check(self.catalog.candidate(name))
@@ -207,6 +227,7 @@ class RoutedPipeline:
         generators = generators_for(generator, len(plan))
         for name in sizes:
             self._load(self.catalog.candidate(name))
+        policy.charge(trial)
         return self._draw(plan, generators, height, width, output_type, callback_on_step_end)
 
     def _load(self, candidate: Candidate) -> None:
@@ -248,39 +269,6 @@ class RoutedPipeline:
             return None if latents is None else latents.reshape(step.latents.shape)
 
         return on_step
-
-    def _choose(
-        self, prompts: Sequence[str], tradeoff: float | None, budget: float | None, candidate: str | None
-    ) -> list[tuple[Candidate, dict[str, float]]]:
-        """Every prompt's candidate, and the quality predicted for each candidate."""
-        from catimage_accel.routing import choose, choose_within_budget
-
-        given = {"tradeoff": tradeoff, "budget": budget, "candidate": candidate}
-        set_ones = [name for name, value in given.items() if value is not None]
-        if len(set_ones) > 1:
-            raise ValueError(f"{' and '.join(set_ones)} are given; accepted: one of tradeoff, budget and candidate")
-        costs = self.catalog.costs
-        names = list(costs)
-        check_tradeoff(tradeoff)
-        check_budget(budget, costs)
-        if candidate is not None:
-            fixed = self.catalog.candidate(candidate)
-            if not (self.catalog.folder / "router").is_dir():
-                return [(fixed, {})] * len(prompts)
-        if self._router is None:
-            self._router = self.catalog.router()
-        quality = self._router.predict(prompts)
-        array = np.array([costs[name] for name in names])
-        if candidate is not None:
-            chosen = np.full(len(prompts), names.index(candidate))
-        elif budget is not None:
-            chosen = choose_within_budget(quality, array, budget)
-        else:
-            chosen = choose(quality, array, self.catalog.tradeoff if tradeoff is None else tradeoff)
-        return [
-            (self.catalog.candidates[index], dict(zip(names, row.tolist(), strict=True)))
-            for index, row in zip(chosen.tolist(), quality, strict=True)
-        ]
 
     def _latent_shape(self, candidate: Candidate, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(channels, h, w) of a candidate's latents for an image size in pixels."""

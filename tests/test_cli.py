@@ -50,6 +50,14 @@ def test_generate_writes_pictures_and_routes(tiny_catalog: Path, tmp_path: Path)
     assert not list(tmp_path.glob(".*"))
 
 
+def test_generate_draws_with_the_cheapest_that_reaches_a_quality(tiny_catalog: Path, tmp_path: Path) -> None:
+    done = catimage("generate", *PROMPTS, "--catalog", tiny_catalog, "--min-quality", 0.25, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert {row["prompt"]: row["candidate"] for row in rows(tmp_path)} == dict(
+        zip(PROMPTS, ["cheap-2", "dear-4"], strict=True)
+    )
+
+
 def test_a_second_run_overwrites_nothing(tiny_catalog: Path, tmp_path: Path) -> None:
     run = ["generate", "a dog", "--catalog", tiny_catalog, "--seed", 1, "--out", tmp_path, "--candidate", "cheap-2"]
     assert catimage(*run).exit_code == 0
@@ -129,6 +137,8 @@ def test_file_names_come_from_no_prompt_unchanged(prompt: str, name: str) -> Non
         pytest.param(["--tradeoff", "-1", "a dog"], ["tradeoff is -1.0", ">= 0"], id="negative-tradeoff"),
         pytest.param(["--budget", "0.1", "a dog"], ["budget is 0.1", "cheap-2"], id="budget-under-the-cheapest"),
         pytest.param(["--candidate", "best", "a dog"], ["'best'", "cheap-2"], id="unknown-candidate"),
+        pytest.param(["--min-quality", "nan", "a dog"], ["min_quality is nan"], id="nan-quality"),
+        pytest.param(["--min-quality", "1", "--budget", "3", "a dog"], ["budget and min_quality are given"], id="two"),
         pytest.param(["--height", "63", "a dog"], ["height is 63", "multiples of 4"], id="wrong-size"),
         pytest.param(["--device", "tpu9", "a dog"], ["'tpu9'", "accepted"], id="unknown-device"),
         pytest.param(["--prompts", "no-such.txt"], ["'no-such.txt'", "one prompt a line"], id="no-prompts-file"),
@@ -223,7 +233,7 @@ def test_profile_fit_and_eval_make_a_bare_catalog_usable(tiny_catalog: Path, tmp
     assert "0 scores added" in again.stderr
     fitted = catimage("router", "fit", folder, "--features", "text-encoder")
     assert fitted.exit_code == 0, fitted.output
-    judged = catimage("router", "eval", folder, "--folds", 3, "--json", "--plot", tmp_path / "curves.png")
+    judged = catimage("router", "eval", folder, "--folds", 3, "--json", "-", "--plot", tmp_path / "curves.png")
     assert json.loads(judged.stdout)["k-NN"]["prompts"] == 6
     assert Image.open(tmp_path / "curves.png").width > 100
     drawn = catimage("generate", "a dog", "--catalog", folder, "--out", tmp_path / "out")
@@ -279,17 +289,6 @@ def test_a_metric_that_cannot_score_draws_nothing(
         assert part in line
     assert not (folder / "costs.json").exists(), "it is said before anything is measured"
     assert catimage("profile", folder, "--metric", "sharpness").exit_code == 2, "there are no prompts to score"
-
-
-def test_eval_reads_any_table(tmp_path: Path) -> None:
-    table = tmp_path / "ratings.csv"
-    lines = [f"{i},a {'big ' * (i % 3)}dog,{name},{score + i % 3},{cost}"
-             for i in range(30) for name, score, cost in (("small", 1, 1), ("large", 2, 5))]  # fmt: skip
-    table.write_text("\n".join(["prompt_id,prompt,candidate,score,cost", *lines]))
-    done = catimage("router", "eval", "--table", table, "--folds", 3)
-    assert done.exit_code == 0, done.output
-    assert "best random mix" in done.stdout
-    assert catimage("router", "eval").exit_code == 2
 
 
 def test_the_zoo_is_mounted() -> None:

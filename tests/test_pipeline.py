@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catimage_accel import Catalog, RoutedPipeline
+from catimage_accel.routing import BudgetPacer
 
 EASY, CROWDED = "a dog", "a crown, a castle and three bees"
 COSTS = {"cheap-2": 1.0, "middle-3": 3.0, "dear-4": 8.0}
@@ -63,6 +64,33 @@ def test_a_higher_tradeoff_never_costs_more(pipeline: RoutedPipeline, one: float
     prompts = [EASY, CROWDED, "a bee, a star", "three rockets and a cat"]
     spent = [sum(route.cost for route in pipeline.route(prompts, tradeoff=each)) for each in (low, high)]
     assert spent[1] <= spent[0]
+
+
+def test_the_cheapest_candidate_that_reaches_a_quality_draws(pipeline: RoutedPipeline) -> None:
+    prompts = [EASY, CROWDED]
+    assert [route.candidate for route in pipeline.route(prompts, min_quality=0.25)] == ["cheap-2", "dear-4"]
+    assert [route.candidate for route in pipeline.route(prompts, min_quality=-1)] == ["cheap-2"] * 2
+    assert pipeline.route(prompts, min_quality=9.0) == pipeline.route(prompts, tradeoff=0)
+    out = pipeline([CROWDED], min_quality=0.25, generator=seeded(1), output_type="latent")
+    assert out.routes[0].candidate == "dear-4"
+
+
+def test_a_pacer_is_charged_for_what_is_drawn_alone(pipeline: RoutedPipeline) -> None:
+    pacer = pipeline.pacer(3.0)
+    asked = pipeline.route([CROWDED] * 30, budget=pacer)
+    assert pacer.images == 0
+    with pytest.raises(ValueError, match="height is 63"):
+        pipeline([CROWDED] * 30, budget=pacer, height=63)
+    assert pacer.images == 0
+    spent = 0.0
+    for start in range(0, 30, 10):
+        out = pipeline([CROWDED] * 10, budget=pacer, height=16, width=16, generator=seeded(*range(10)))
+        assert [route.candidate for route in out.routes] == [each.candidate for each in asked[start : start + 10]]
+        spent += sum(route.cost for route in out.routes)
+    assert (pacer.images, pacer.spent) == (30, spent)
+    assert pacer.mean_cost == pytest.approx(3.0, rel=0.1)
+    with pytest.raises(ValueError, match=r"budget is 0\.1"):
+        pipeline.pacer(0.1)
 
 
 def test_one_generator_for_all_gives_diffusers_latents(pipeline: RoutedPipeline, tiny_catalog: Path) -> None:
@@ -172,6 +200,10 @@ def test_a_long_prompt_is_cut_off_with_one_warning(pipeline: RoutedPipeline) -> 
         pytest.param({"budget": math.nan}, ["budget is nan", "finite"], id="nan-budget"),
         pytest.param({"candidate": "best"}, ["'best'", "cheap-2, middle-3, dear-4"], id="unknown-candidate"),
         pytest.param({"tradeoff": 0.1, "budget": 3.0}, ["tradeoff and budget", "one of"], id="two-policies"),
+        pytest.param({"min_quality": 0.2, "candidate": "dear-4"}, ["min_quality and candidate"], id="least-and-fixed"),
+        pytest.param({"min_quality": math.nan}, ["min_quality is nan", "finite"], id="nan-quality"),
+        pytest.param({"min_quality": "high"}, ["min_quality is 'high'", "finite"], id="quality-as-text"),
+        pytest.param({"budget": BudgetPacer([[0, 1]], [1, 2], 1.5)}, ["pacer for costs [1.0, 2.0]"], id="other-pacer"),
         pytest.param({"num_images_per_prompt": 0}, ["num_images_per_prompt is 0", ">= 1"], id="no-images"),
         pytest.param({"generator": seeded(1, 2)}, ["list of 2", "accepted: 1"], id="too-many-generators"),
         pytest.param({"generator": 7}, ["generator is 7", "torch.Generator"], id="seed-for-a-generator"),

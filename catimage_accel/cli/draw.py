@@ -29,6 +29,10 @@ Tradeoff = Annotated[
     typer.Option(help="Quality, in the catalog's metric, given up to save the dearest candidate's cost; 0 or more."),
 ]
 Budget = Annotated[float | None, typer.Option(help="Mean cost an image, in GFLOP, instead of a tradeoff.")]
+MinQuality = Annotated[
+    float | None,
+    typer.Option(help="Draw each prompt with the cheapest candidate that is predicted to reach this quality."),
+]
 Seed = Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Picture i has seed SEED + i; random if absent.")]
 Out = Annotated[Path, typer.Option(help="Folder for pictures and routes.jsonl.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a CUDA device where there is one.")]
@@ -39,6 +43,7 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="A text file with more prompts, one a line.")] = None,
     tradeoff: Tradeoff = None,
     budget: Budget = None,
+    min_quality: MinQuality = None,
     candidate: Annotated[str | None, typer.Option(help="Draw everything with this candidate, no routing.")] = None,
     catalog: CatalogOption = BUILT_IN,
     seed: Seed = None,
@@ -58,8 +63,8 @@ def generate(
         say(problem)
     if not texts:
         raise ValueError("no prompt to draw; accepted: prompts as arguments, or --prompts FILE with one a line")
-    options = {"tradeoff": tradeoff, "budget": budget, "candidate": candidate, "height": height, "width": width}
-    run = _Run(catalog, texts, seed, out, device, options)
+    choice = {"tradeoff": tradeoff, "budget": budget, "min_quality": min_quality, "candidate": candidate}
+    run = _Run(catalog, texts, seed, out, device, {**choice, "height": height, "width": width})
     if as_json:
         code = run.draw(lambda row: print(json.dumps(row), flush=True))
     else:
@@ -109,7 +114,7 @@ class _Run:
             first = random.SystemRandom().randrange(2**32) if seed is None else seed
             seeds = [(first + index) % (MAX_SEED + 1) for index in range(len(texts))]
             self.pipeline = RoutedPipeline(loaded, device)
-            choice = {key: options.get(key) for key in ("tradeoff", "budget", "candidate")}
+            choice = {key: options.get(key) for key in ("tradeoff", "budget", "min_quality", "candidate")}
             routes = self.pipeline.route(texts, **choice)
             self._total_steps = sum(loaded.candidate(route.candidate).steps for route in routes)
             self._stream = self.pipeline.stream(

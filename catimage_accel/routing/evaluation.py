@@ -4,43 +4,43 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from catimage_accel.routing.calibration import Calibration, CalibrationSums
 from catimage_accel.routing.curves import Curve, Sweep, best_single, hull_curve, mean_curve, quality_neutral_cost
-from catimage_accel.routing.routers import Router, check_candidates
+from catimage_accel.routing.estimates import Estimate, estimate
+from catimage_accel.routing.held_out import predict_held_out
+from catimage_accel.routing.kinds import prompt_kinds
+from catimage_accel.routing.ratings import Ratings
+from catimage_accel.routing.routers import Router
+from catimage_accel.routing.selection import Selection, selections
 from catimage_accel.routing.table import ScoreTable
 
 CURVE_POINTS = 101
-GAIN_SHARES = (0.05, 0.1, 0.15, 0.25, 0.5, 0.75)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure on the judged prompts, and its interval: None where it is not defined (or, for a cost, not reached)."""
-
-    value: float | None
-    low: float | None
-    high: float | None
+SHARES = (0.25, 0.5, 0.75)
+GAIN_SHARES = (0.05, 0.1, 0.15, *SHARES)
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """How a router did on held-out prompts. Qualities are in the scores' unit, ``costs`` in the table's.
 
-    ``area`` is the mean quality over cost from the cheapest to the dearest candidate, ``hull_area`` that of the best
+    ``left_out`` counts the prompts that were not judged since they lack a candidate. ``area`` is the mean quality over
+    cost from the cheapest to the dearest candidate, linear between points; ``hull_area`` that of the best
     random mix of candidates (chosen with hindsight), ``oracle_area`` that of routing by the true scores, and
     ``gain_share`` is ``(area - hull_area) / (oracle_area - hull_area)``: 0 for a random mix, 1 for the oracle.
     ``qnc`` is the share of the best single candidate's cost at which its quality (``best_single``) is matched, None
-    if it never is; ``max_quality`` the highest on the curve; ``quality_at`` the quality at shares of the dearest
-    candidate's cost (None: under the cheapest's); ``gain_at`` the quality above the best random mix of equal cost, at
-    such shares. ``curve``, ``hull`` and ``oracle`` are the qualities at ``costs``,
-    evenly spaced.
+    if it never is; ``max_quality`` the highest on the curve; ``regret`` is ``oracle_area - area``. At shares of the
+    dearest candidate's cost (None: under the cheapest's), ``quality_at`` is the quality, ``regret_at`` what the oracle
+    draws better, ``gain_at`` what the best random mix draws worse. ``curve``, ``hull`` and ``oracle`` are the qualities
+    at ``costs``, evenly spaced; ``candidate_costs`` and ``candidate_scores`` each candidate's cost and mean score.
     """
 
     prompts: int
+    left_out: int
     candidates: tuple[str, ...]
     confidence: float
     area: Estimate
@@ -51,8 +51,14 @@ class Evaluation:
     best_single: Estimate
     best_single_candidate: str
     max_quality: Estimate
-    quality_at: dict[str, float | None]
+    regret: Estimate
+    quality_at: dict[str, Estimate]
+    regret_at: dict[str, Estimate]
     gain_at: dict[str, Estimate]
+    calibration: Calibration
+    selection: dict[str, Selection]
+    candidate_costs: tuple[float, ...]
+    candidate_scores: tuple[float, ...]
     costs: tuple[float, ...]
     curve: tuple[float, ...]
     hull: tuple[float, ...]
@@ -65,10 +71,10 @@ class Evaluation:
 
 def evaluate(
     router_factory: Callable[[], Router],
-    table: ScoreTable,
+    table: ScoreTable | Ratings,
     *,
     folds: int = 5,
-    test: ScoreTable | None = None,
+    test: ScoreTable | Ratings | None = None,
     seed: int = 0,
     resamples: int = 1000,
     confidence: float = 0.95,
@@ -76,23 +82,15 @@ def evaluate(
     """Fit on some prompts, judge on others: cross-validated by prompt over ``folds``, or on ``test`` when given.
 
     ``router_factory`` makes an unfitted router: once per fold. With ``test``, training prompts that it holds too are
-    left out, and its costs count. ``seed`` fixes folds and resamples; the order of rows plays no part. Errors as in
-    ``ScoreTable.folds`` and ``judge``.
+    left out, and its costs and its order of candidates count. Prompts that lack a candidate are learnt from (what is
+    missing imputed), never judged. ``seed`` fixes folds and resamples; the order of rows plays no part. Errors as in
+    ``predict_held_out`` and ``judge``.
     """
-    if test is None:
-        predicted, fold = np.empty_like(table.scores), np.empty(len(table), dtype=np.intp)
-        for number, (training, held_out) in enumerate(table.fold_rows(folds, seed)):
-            router = router_factory().fit(table.select(training))
-            predicted[held_out] = router.predict([table.prompts[row] for row in held_out])
-            fold[held_out] = number
-        return judge(predicted, table, fold=fold, seed=seed, resamples=resamples, confidence=confidence)
-    check_candidates(table.candidates, test.candidates)
-    judged = set(test.prompts)
-    training = np.array([row for row, prompt in enumerate(table.prompts) if prompt not in judged], dtype=np.intp)
-    if not len(training):
-        raise ValueError(f"all {len(table)} training prompts are among the {len(test)} test prompts, expected others")
-    predicted = router_factory().fit(table.select(training)).predict(test.prompts)
-    return judge(predicted, test, seed=seed, resamples=resamples, confidence=confidence)
+    made = predict_held_out(router_factory, table, folds=folds, test=test, seed=seed)
+    return judge(
+        made.predicted, made.table, fold=made.fold, kinds=made.kinds, left_out=made.left_out, seed=seed,
+        resamples=resamples, confidence=confidence,
+    )  # fmt: skip
 
 
 def judge(
@@ -100,6 +98,8 @@ def judge(
     table: ScoreTable,
     *,
     fold: np.ndarray | None = None,
+    kinds: Sequence[str] | None = None,
+    left_out: int = 0,
     seed: int = 0,
     resamples: int = 1000,
     confidence: float = 0.95,
@@ -109,7 +109,8 @@ def judge(
     ``fold`` (prompts,) says which router made each row, if there were several. Each one's curve is then drawn on its
     own prompts, and the curves are averaged at equal cost. One tradeoff for all would rank the routers against each
     other: a fold of easy prompts leaves harder ones to learn from, so predictions err against their own fold, and
-    even constant ones come out far below the random mix.
+    even constant ones come out far below the random mix. ``kinds`` is as in ``prompt_kinds``, ``left_out`` is passed
+    on.
 
     Intervals are percentiles over ``resamples`` draws of the prompts with replacement (the predictions stay as they
     are, the best mix and the best candidate are found anew). ValueError for fewer than two different costs,
@@ -126,26 +127,34 @@ def judge(
     order = np.array(sorted(range(len(table)), key=lambda row: table.prompts[row]), dtype=np.intp)
     judged, predicted = table.select(order), np.asarray(predicted, dtype=np.float64)[order]
     judging = _Judging(predicted, judged, np.zeros(len(judged)) if fold is None else np.asarray(fold)[order])
-    figures = judging.figures(np.ones(len(judged)))
+    whole = np.ones(len(judged))
+    figures = judging.figures(whole)
     rng = np.random.default_rng(seed)
     number = len(judged)
     draws = (rng.integers(number, size=number) for _ in range(resamples))
     drawn = [judging.figures(np.bincount(rows, minlength=number)) for rows in draws]
-    estimates = {name: _estimate(value, [draw[name] for draw in drawn], confidence) for name, value in figures.items()}
-    gain_at = {f"{share:.2f}": estimates.pop(f"gain_at_{share}") for share in GAIN_SHARES}
-    cheapest, dearest = float(judged.costs.min()), float(judged.costs.max())
-    costs = np.linspace(cheapest, dearest, CURVE_POINTS)
-    curve, oracle, hull = judging.curves(np.ones(len(judged)))
+    estimates = {name: estimate(value, [draw[name] for draw in drawn], confidence) for name, value in figures.items()}
+
+    def taken(prefix: str) -> dict[str, Estimate]:
+        names = [name for name in estimates if name.startswith(prefix)]
+        return {name.removeprefix(prefix): estimates.pop(name) for name in names}
+
+    costs = np.linspace(float(judged.costs.min()), float(judged.costs.max()), CURVE_POINTS)
+    curve, oracle, hull = judging.curves(whole)
+    by_kind = prompt_kinds(judged.prompts, None if kinds is None else [kinds[row] for row in order])
     return Evaluation(
         prompts=len(judged),
+        left_out=left_out,
         candidates=judged.candidates,
         confidence=confidence,
         best_single_candidate=judged.candidates[best_single(judged.mean_scores, judged.costs)],
-        quality_at={
-            f"{share:.2f}": float(curve.quality_at(share * dearest)) if share * dearest >= cheapest else None
-            for share in (0.25, 0.5, 0.75)
-        },
-        gain_at=gain_at,
+        quality_at=taken("quality_at "),
+        regret_at=taken("regret_at "),
+        gain_at=taken("gain_at "),
+        calibration=judging.calibration.calibration(taken("calibration ")),
+        selection=selections(predicted, judged, judging.parts, by_kind),
+        candidate_costs=tuple(judged.costs.tolist()),
+        candidate_scores=tuple(judged.mean_scores.tolist()),
         costs=tuple(costs.tolist()),
         curve=tuple(curve.quality_at(costs).tolist()),
         hull=tuple(hull.quality_at(costs).tolist()),
@@ -160,6 +169,7 @@ class _Judging:
         self.parts = [np.flatnonzero(fold == number) for number in np.unique(fold)]
         self.routed = [Sweep(predicted[rows], table.scores[rows], table.costs) for rows in self.parts]
         self.ideal = Sweep(table.scores, table.scores, table.costs)
+        self.calibration = CalibrationSums(predicted, table.scores)
 
     def curves(self, weights: np.ndarray) -> tuple[Curve, Curve, Curve]:
         """Router, oracle and hull."""
@@ -178,13 +188,20 @@ class _Judging:
         room = oracle_area - hull_area
         has_room = room > 1e-9 * max(1.0, abs(oracle_area))
         at = np.array(GAIN_SHARES) * dearest
-        gains = np.where(at >= cheapest, curve.quality_at(at) - hull.quality_at(at), math.nan)
+        reached = np.where(at >= cheapest, curve.quality_at(at), math.nan)
+        at_shares = {f"{share:.2f}": position for position, share in enumerate(GAIN_SHARES)}
+        gains, regrets = reached - hull.quality_at(at), oracle.quality_at(at) - reached
+        of_curve = {f"{share:.2f}" for share in SHARES}
         return {
-            **{f"gain_at_{share}": float(gain) for share, gain in zip(GAIN_SHARES, gains, strict=True)},
+            **{f"gain_at {share}": float(gains[i]) for share, i in at_shares.items()},
+            **{f"quality_at {share}": float(reached[i]) for share, i in at_shares.items() if share in of_curve},
+            **{f"regret_at {share}": float(regrets[i]) for share, i in at_shares.items() if share in of_curve},
+            **{f"calibration {name}": value for name, value in self.calibration.figures(weights).items()},
             "area": area,
             "hull_area": hull_area,
             "oracle_area": oracle_area,
             "gain_share": (area - hull_area) / room if has_room else math.nan,
+            "regret": oracle_area - area,
             "qnc": quality_neutral_cost(curve, means, costs),
             "best_single": float(means[best_single(means, costs)]),
             "max_quality": float(curve.qualities.max()),
@@ -192,11 +209,3 @@ class _Judging:
 
     def _means(self, weights: np.ndarray) -> np.ndarray:
         return weights @ self.table.scores / weights.sum()
-
-
-def _estimate(value: float, drawn: list[float], confidence: float) -> Estimate:
-    outer = (1 - confidence) / 2
-    defined = [draw for draw in drawn if not math.isnan(draw)]
-    # "higher": an interpolation towards infinity (never matched) would be NaN.
-    low, high = np.quantile(defined, [outer, 1 - outer], method="higher") if defined else (math.nan, math.nan)
-    return Estimate(*(float(x) if math.isfinite(x) else None for x in (value, low, high)))

@@ -19,10 +19,27 @@ def choose(quality: np.ndarray, costs: np.ndarray, tradeoff: float) -> np.ndarra
     best candidate is chosen, and the mean cost never rises as the tradeoff does. Of equals the cheapest is chosen,
     of equally cheap ones the first. The rule is that of CATImage (arXiv 2506.14753). ValueError for anything else.
     """
-    quality, costs = _check(quality, costs)
+    quality, costs = check_quality(quality, costs)
     if not (math.isfinite(tradeoff) and tradeoff >= 0):
         raise ValueError(f"tradeoff is {tradeoff}, expected a finite number >= 0")
     return _choose(quality, costs, tradeoff)
+
+
+def choose_reaching(quality: np.ndarray, costs: np.ndarray, min_quality: float) -> np.ndarray:
+    """For every prompt the cheapest candidate whose predicted quality is at least ``min_quality``.
+
+    Of equally cheap ones the best predicted; where none reaches it, the best predicted of all, of equals the cheapest.
+    Shapes as in ``choose``; ``min_quality`` (finite) is in quality's unit. ValueError for anything else.
+    """
+    quality, costs = check_quality(quality, costs)
+    if not math.isfinite(min_quality):
+        raise ValueError(f"min_quality is {min_quality}, expected a finite number")
+    reaching = quality >= min_quality
+    price = np.where(reaching, costs[None, :], np.inf).min(axis=1, keepdims=True)
+    cheapest = reaching & (costs[None, :] == price)
+    return np.where(
+        reaching.any(axis=1), np.argmax(np.where(cheapest, quality, -np.inf), axis=1), _choose(quality, costs, 0.0)
+    )
 
 
 def tradeoff_for_budget(quality: np.ndarray, costs: np.ndarray, budget: float) -> float:
@@ -33,8 +50,8 @@ def tradeoff_for_budget(quality: np.ndarray, costs: np.ndarray, budget: float) -
     budget: ``choose_within_budget`` spends the rest. ValueError for a budget that is NaN or under the cheapest
     candidate's cost, or without prompts.
     """
-    quality, costs = _check(quality, costs)
-    limit = _check_budget(quality, costs, budget)
+    quality, costs = check_quality(quality, costs)
+    limit = check_budget(quality, costs, budget)
 
     def affordable(tradeoff: float) -> bool:
         return float(costs[_choose(quality, costs, tradeoff)].mean()) <= limit
@@ -58,9 +75,9 @@ def choose_within_budget(quality: np.ndarray, costs: np.ndarray, budget: float, 
     by ``seed``: a random mix of two candidates. Errors as in ``tradeoff_for_budget``.
     """
     chosen = choose(quality, costs, tradeoff_for_budget(quality, costs, budget))
-    quality, costs = _check(quality, costs)
+    quality, costs = check_quality(quality, costs)
     prompts = np.arange(len(chosen))
-    left = _check_budget(quality, costs, budget) * len(chosen) - float(costs[chosen].sum())
+    left = check_budget(quality, costs, budget) * len(chosen) - float(costs[chosen].sum())
     extra = costs[None, :] - costs[chosen][:, None]
     gain = quality - quality[prompts, chosen][:, None]
     rows, columns = np.nonzero((gain > 0) & (extra > 0) & (extra <= left))
@@ -85,7 +102,8 @@ def _choose(quality: np.ndarray, costs: np.ndarray, tradeoff: float) -> np.ndarr
     return cheapest_first[np.argmax(value[:, cheapest_first], axis=1)]
 
 
-def _check(quality: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def check_quality(quality: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64; ValueError unless quality is finite and (prompts, candidates), costs as in ``check_costs``."""
     quality, costs = np.asarray(quality, dtype=np.float64), check_costs(costs)
     if quality.ndim != 2 or quality.shape[1] != len(costs):
         raise ValueError(f"quality has shape {quality.shape}, expected (prompts, {len(costs)}) for {len(costs)} costs")
@@ -94,7 +112,8 @@ def _check(quality: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return quality, costs
 
 
-def _check_budget(quality: np.ndarray, costs: np.ndarray, budget: float) -> float:
+def check_budget(quality: np.ndarray, costs: np.ndarray, budget: float) -> float:
+    """``budget`` and a hair; ValueError when it is NaN or under the cheapest candidate's cost, or without prompts."""
     if not len(quality):
         raise ValueError("a budget for 0 prompts, expected at least one prompt")
     if not budget >= costs.min():

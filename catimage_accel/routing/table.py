@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-CSV_COLUMNS = ("prompt_id", "prompt", "candidate", "score", "cost")
-PARQUET_COLUMNS = ("prompt", "candidate", "seed", "metric", "score")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +29,8 @@ class ScoreTable:
         object.__setattr__(self, "prompts", tuple(self.prompts))
         object.__setattr__(self, "candidates", tuple(self.candidates))
         check_prompts(self.prompts)
-        _check_distinct("prompt", self.prompts)
-        _check_distinct("candidate", self.candidates)
+        check_distinct("prompt", self.prompts)
+        check_distinct("candidate", self.candidates)
         if not self.prompts or not self.candidates:
             raise ValueError(
                 f"a score table needs at least one prompt and one candidate, "
@@ -116,88 +111,17 @@ class ScoreTable:
 
     @classmethod
     def from_csv(cls, path: str | Path) -> ScoreTable:
-        """Read columns prompt_id, prompt, candidate, score, cost (others are ignored), one row a pair.
+        """Read a table as ``reading.read_csv`` does, with its errors; ValueError when a pair is missing too."""
+        from catimage_accel.routing.reading import read_csv, whole
 
-        Candidates and prompts keep the order in which they first appear. Prompt ids with the same text are one
-        prompt, whose score is their mean, so that no prompt is both learnt from and judged on. FileNotFoundError when
-        there is no such file; ValueError naming the line for a missing column, an unreadable number, an id with two
-        texts, a pair that stands there twice, or a candidate with two costs; and for a pair that is missing
-        altogether.
-        """
-        texts: dict[str, str] = {}
-        costs: dict[str, float] = {}
-        scores: dict[tuple[str, str], float] = {}
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            _check_columns(path, reader.fieldnames or (), CSV_COLUMNS)
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if any(row[column] is None for column in CSV_COLUMNS):
-                    raise ValueError(f"{where}: the row ends early, expected {', '.join(CSV_COLUMNS)}")
-                identity, candidate = row["prompt_id"], row["candidate"]
-                cost = _number(row["cost"], "cost", where)
-                if texts.setdefault(identity, row["prompt"]) != row["prompt"]:
-                    raise ValueError(f"{where}: prompt_id {identity!r} has a second text {row['prompt']!r}")
-                if costs.setdefault(candidate, cost) != cost:
-                    raise ValueError(f"{where}: candidate {candidate!r} costs {cost}, but {costs[candidate]} before")
-                if (identity, candidate) in scores:
-                    raise ValueError(f"{where}: prompt_id {identity!r} with candidate {candidate!r} stands here twice")
-                scores[identity, candidate] = _number(row["score"], "score", where)
-        if not scores:
-            raise ValueError(f"{path}: no rows below the header")
-        samples = [(texts[identity], candidate, score) for (identity, candidate), score in scores.items()]
-        return _averaged(path, samples, costs)
+        return whole(path, read_csv(path))
 
     @classmethod
     def from_parquet(cls, path: str | Path, costs: Mapping[str, float], metric: str) -> ScoreTable:
-        """Read columns prompt, candidate, seed, metric, score (others are ignored): the mean over the seeds.
+        """Read a table as ``reading.read_parquet`` does, with its errors; ValueError when a pair is missing too."""
+        from catimage_accel.routing.reading import read_parquet, whole
 
-        ``costs`` names the candidates, in the table's order; rows of other metrics are skipped. FileNotFoundError when
-        there is no such file; ValueError for a file that is not whole, a missing column, a metric that it does not
-        hold, candidates other than those of ``costs``, a row that stands there twice, or a missing pair.
-        """
-        import pyarrow
-        import pyarrow.parquet
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no score file {path}")
-        try:
-            # ParquetFile, not read_table: a score file in a folder "x=y" would otherwise gain a partition column.
-            columns = pyarrow.parquet.ParquetFile(path).read().to_pydict()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a whole Parquet file: {error}") from error
-        _check_columns(path, tuple(columns), PARQUET_COLUMNS)
-        rows = list(zip(*(columns[column] for column in PARQUET_COLUMNS), strict=True))
-        known = sorted({str(row[3]) for row in rows})
-        if metric not in known:
-            raise ValueError(f"{path} has no scores of metric {metric!r}, only of {', '.join(known) or 'none'}")
-        samples = [(prompt, candidate, math.nan if score is None else score)
-                   for prompt, candidate, _, name, score in rows if name == metric]  # fmt: skip
-        _check_distinct(f"{path}: (prompt, candidate, seed)", [row[:3] for row in rows if row[3] == metric])
-        found = {candidate for _, candidate, _ in samples}
-        if found != set(costs):
-            raise ValueError(
-                f"{path} holds scores of the candidates {', '.join(sorted(found))}, "
-                f"but costs are given for {', '.join(sorted(costs))}"
-            )
-        return _averaged(path, samples, costs)
-
-
-def _averaged(path: str | Path, samples: list[tuple[str, str, float]], costs: Mapping[str, float]) -> ScoreTable:
-    rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompt for prompt, _, _ in samples))}
-    columns = {candidate: column for column, candidate in enumerate(costs)}
-    total, count = np.zeros((2, len(rows), len(columns)))
-    at = ([rows[prompt] for prompt, _, _ in samples], [columns[candidate] for _, candidate, _ in samples])
-    np.add.at(total, at, [score for _, _, score in samples])
-    np.add.at(count, at, 1)
-    missing = np.argwhere(count == 0)
-    if len(missing):
-        row, column = missing[0]
-        raise ValueError(
-            f"{path} lacks {len(missing)} of {count.size} scores, first that of prompt {list(rows)[row]!r} "
-            f"with candidate {list(columns)[column]!r}; every prompt needs every candidate"
-        )
-    return ScoreTable(tuple(rows), tuple(columns), total / count, np.array(list(costs.values())))
+        return whole(path, read_parquet(path, costs, metric))
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -219,28 +143,10 @@ def check_costs(costs: Sequence[float] | np.ndarray) -> np.ndarray:
     return array
 
 
-def _check_distinct(what: str, values: Iterable[object]) -> None:
+def check_distinct(what: str, values: Iterable[object]) -> None:
+    """ValueError naming the first of ``values`` that occurs again."""
     seen: set[object] = set()
     for value in values:
         if value in seen:
             raise ValueError(f"{what} {value!r} stands there twice, expected once")
         seen.add(value)
-
-
-def _check_columns(path: str | Path, found: Sequence[str], expected: Sequence[str]) -> None:
-    missing = [column for column in expected if column not in found]
-    if missing:
-        raise ValueError(
-            f"{path} lacks the columns {', '.join(missing)}: expected {', '.join(expected)}, "
-            f"found {', '.join(found) or 'none'}"
-        )
-
-
-def _number(text: str, what: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{where}: the {what} is {text!r}, expected a finite number")
-    return value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -73,6 +75,25 @@ def test_area_by_hand() -> None:
     assert hull.area(1, 5) == pytest.approx((0.4 * 2 + 0.6 * 2) / 4)
     with pytest.raises(ValueError, match="expected candidates of different cost"):
         hull.area(2, 2)
+
+
+@given(judged())
+def test_area_by_brute_force(case: tuple) -> None:
+    """Route at a tradeoff between every two at which a prompt changes over, join the points, add up the trapezia."""
+    predicted, scores, costs = case
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slopes = (predicted[:, :, None] - predicted[:, None, :]) / ((costs[:, None] - costs[None, :]) / costs.max())
+    changes = np.unique(np.round(slopes[np.isfinite(slopes) & (slopes > 0)], 9))
+    tradeoffs = [0.0, *((changes[1:] + changes[:-1]) / 2), *(changes[:1] / 2), *(changes[-1:] + 1)]
+    points = []
+    for tradeoff in sorted(tradeoffs, reverse=True):
+        chosen = choose(predicted, costs, tradeoff)
+        points.append((costs[chosen].mean(), scores[np.arange(len(scores)), chosen].mean()))
+    dearest = costs.max()
+    points.append((dearest, points[-1][1]))
+    area = sum((right[0] - left[0]) * (left[1] + right[1]) / 2 for left, right in pairwise(points))
+    expected = area / (dearest - costs.min())
+    assert deferral_curve(predicted, scores, costs).area(costs.min(), dearest) == pytest.approx(expected, abs=1e-6)
 
 
 def test_quality_neutral_cost_by_hand() -> None:

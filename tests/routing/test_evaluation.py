@@ -77,7 +77,12 @@ def test_published_ratings() -> None:
     assert found.prompts == 200
     assert found.candidates == RATINGS.candidates
     assert found.best_single_candidate == "DALLE_3"
-    assert set(found.quality_at) == {"0.25", "0.50", "0.75"}
+    assert set(found.quality_at) == set(found.regret_at) == {"0.25", "0.50", "0.75"}
+    for share, quality in found.quality_at.items():
+        regret = found.regret_at[share].value
+        at = float(share) * found.costs[-1]
+        assert quality.value + regret == pytest.approx(np.interp(at, found.costs, found.oracle), abs=2e-3)  # type: ignore[operator]
+    assert found.regret.value == pytest.approx(found.oracle_area.value - found.area.value)  # type: ignore[operator]
     dearest = found.costs[-1]
     for share, gain in found.gain_at.items():
         cost = float(share) * dearest
@@ -105,9 +110,17 @@ def test_a_test_table_is_never_learnt_from() -> None:
     training, test = TABLE.split(0.25)
     apart = evaluate(KNNRouter, training, test=test, resamples=20)
     assert evaluate(KNNRouter, TABLE, test=test, resamples=20) == apart
+    turned = test.restrict(test.candidates[::-1])
+    by_turned = evaluate(KNNRouter, training, test=turned, resamples=20)
+    assert by_turned.candidates == turned.candidates
+    assert by_turned.area.value == pytest.approx(apart.area.value)
+    spelt_otherwise = tuple(f" {prompt.upper()}" for prompt in test.prompts)
+    shouted = ScoreTable(spelt_otherwise, test.candidates, test.scores, test.costs)
+    with pytest.raises(ValueError, match="all 60 training prompts"):
+        evaluate(KNNRouter, shouted, test=test)
     with pytest.raises(ValueError, match="all 60 training prompts are among the 60 test prompts"):
         evaluate(KNNRouter, test, test=test)
-    with pytest.raises(ValueError, match="fitted for the candidates 4 steps, 10 steps, 50 steps"):
+    with pytest.raises(ValueError, match=r"the candidates 4 steps, .*, the other DALLE_3, .* the same"):
         evaluate(KNNRouter, TABLE, test=RATINGS)
 
 
@@ -116,7 +129,7 @@ def test_a_quality_never_reached_is_null() -> None:
     found = judge(-table.scores, table, resamples=20)
     assert found.qnc.value is None
     assert json.loads(found.to_json())["qnc"]["value"] is None
-    assert found.quality_at == {"0.25": None, "0.50": 0.5, "0.75": 0.5}
+    assert {share: each.value for share, each in found.quality_at.items()} == {"0.25": None, "0.50": 0.5, "0.75": 0.5}
     assert found.gain_at["0.25"].value is None
     assert found.gain_at["0.75"].value == -0.5
 
@@ -140,11 +153,17 @@ def test_refuses(table: ScoreTable, options: dict, said: str) -> None:
         evaluate(ConstantRouter, table, **options)
 
 
-def test_curves_are_plotted(tmp_path: Path) -> None:
+def test_curves_are_plotted_with_every_name(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = {"k-NN": judge(TABLE.scores, TABLE, resamples=2)}
-    plot_curves(found, tmp_path / "curves.png", cost_unit="GFLOP", quality="CLIPScore")
+    found = {name: judge(TABLE.scores, TABLE, resamples=2) for name in ("k-NN", "another router")}
+    for ending in ("png", "pdf", "svg"):
+        plot_curves(found, tmp_path / f"curves.{ending}", cost_unit="GFLOP", quality="CLIPScore")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "curves.svg").read_text()
+    for name in ("another router", "oracle", "best random mix", "50 steps", "GFLOP", "CLIPScore", "240 held-out"):
+        assert f"{name}" in drawn, "names stand beside their curves and points"
+    with pytest.raises(ValueError, match=r"curves.jpeg', expected a file that ends in \.png"):
+        plot_curves(found, tmp_path / "curves.jpeg")
     with pytest.raises(ValueError, match="no evaluations"):
         plot_curves({}, tmp_path / "none.png")
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from catimage_accel.routing import choose, choose_within_budget, tradeoff_for_budget
+from catimage_accel.routing import choose, choose_reaching, choose_within_budget, tradeoff_for_budget
 
 ROUNDING = 1e-9
 
@@ -91,6 +91,23 @@ def test_a_budget_is_used_to_a_hair_over_many_prompts() -> None:
     costs = np.array([1.0, 3, 9, 20, 50])
     for budget in (2, 10, 15):
         assert budget * 0.998 < mean_cost(costs, choose_within_budget(quality, costs, budget)) <= budget
+
+
+@given(predictions(), st.floats(-110, 110))
+def test_the_cheapest_that_reaches_a_quality(table: tuple[np.ndarray, np.ndarray], wanted: float) -> None:
+    quality, costs = table
+    for row, chosen in zip(quality, choose_reaching(quality, costs, wanted), strict=True):
+        reaching = [(costs[i], -row[i]) for i in range(len(costs)) if row[i] >= wanted]
+        if reaching:
+            assert (costs[chosen], -row[chosen]) == min(reaching)
+        else:
+            assert (-row[chosen], costs[chosen]) == min(zip(-row, costs, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [math.nan, math.inf])
+def test_a_quality_that_is_no_number_is_named(wanted: float) -> None:
+    with pytest.raises(ValueError, match=f"min_quality is {wanted}, expected a finite number"):
+        choose_reaching(np.zeros((1, 2)), np.array([1.0, 2.0]), wanted)
 
 
 @pytest.mark.parametrize("tradeoff", [-0.1, math.nan, math.inf])
