@@ -191,9 +191,8 @@ class Catalog:
 
     def quality_table(self) -> ScoreTable:
         """The measured scores, mean over seeds, in this catalog's metric; ValueError when a pair is missing."""
-        from catimage_accel.routing import ScoreTable
 
-        return ScoreTable.from_parquet(self._quality_path(), self.costs, self.metric)
+        return self.ratings().whole(self._quality_path())
 
     def ratings(self) -> Ratings:
         """As ``quality_table``, but pairs may be missing."""

@@ -72,6 +72,17 @@ class Ratings:
         columns = [self.candidates.index(name) for name in candidates]
         return Ratings(self.prompts, tuple(candidates), self.scores[:, columns], self.costs[columns], self.kinds)
 
+    def whole(self, source: object) -> ScoreTable:
+        """All prompts as a table; ValueError naming ``source`` and the first pair that is missing there."""
+        missing = np.argwhere(np.isnan(self.scores))
+        if len(missing):
+            row, column = missing[0]
+            raise ValueError(
+                f"{source} lacks {len(missing)} of {self.scores.size} scores, first that of prompt "
+                f"{self.prompts[row]!r} with candidate {self.candidates[column]!r}; every prompt needs every candidate"
+            )
+        return self.complete()
+
     def complete(self) -> ScoreTable:
         """The prompts that every candidate has drawn: all that may be judged on. ValueError if there are none."""
         rows = self.complete_rows

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from catimage_accel.routing.ratings import Ratings
-from catimage_accel.routing.table import ScoreTable, check_distinct
+from catimage_accel.routing.table import check_distinct
 
 CSV_COLUMNS = ("prompt_id", "prompt", "candidate", "score", "cost")
 KIND_COLUMN = "kind"
@@ -90,19 +90,6 @@ def read_parquet(path: str | Path, costs: Mapping[str, float], metric: str) -> R
                 f"expected a finite number"
             )
     return _averaged(samples, costs, None)
-
-
-def whole(path: str | Path, ratings: Ratings) -> ScoreTable:
-    """The ratings of a file as a table; ValueError naming the first pair that is missing."""
-    missing = np.argwhere(np.isnan(ratings.scores))
-    if len(missing):
-        row, column = missing[0]
-        raise ValueError(
-            f"{path} lacks {len(missing)} of {ratings.scores.size} scores, first that of prompt "
-            f"{ratings.prompts[row]!r} with candidate {ratings.candidates[column]!r}; "
-            f"every prompt needs every candidate"
-        )
-    return ratings.complete()
 
 
 def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, str]]]:

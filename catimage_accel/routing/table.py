@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -108,20 +107,6 @@ class ScoreTable:
             return hashlib.blake2b(f"{seed}\0{prompt}".encode(errors="surrogatepass"), digest_size=16).digest()
 
         return np.array(sorted(range(len(self)), key=lambda row: digest(self.prompts[row])), dtype=np.intp)
-
-    @classmethod
-    def from_csv(cls, path: str | Path) -> ScoreTable:
-        """Read a table as ``reading.read_csv`` does, with its errors; ValueError when a pair is missing too."""
-        from catimage_accel.routing.reading import read_csv, whole
-
-        return whole(path, read_csv(path))
-
-    @classmethod
-    def from_parquet(cls, path: str | Path, costs: Mapping[str, float], metric: str) -> ScoreTable:
-        """Read a table as ``reading.read_parquet`` does, with its errors; ValueError when a pair is missing too."""
-        from catimage_accel.routing.reading import read_parquet, whole
-
-        return whole(path, read_parquet(path, costs, metric))
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

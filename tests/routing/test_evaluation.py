@@ -22,10 +22,11 @@ from catimage_accel.routing import (
     evaluate,
     judge,
     plot_curves,
+    read_csv,
 )
 
 TABLE = planted_table()
-RATINGS = ScoreTable.from_csv(Path(__file__).parent / "data" / "genai_bench_200.csv")
+RATINGS = read_csv(Path(__file__).parent / "data" / "genai_bench_200.csv").complete()
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catimage_accel.routing import KNNRouter, LoadTradeoff, ScoreTable, choose, tradeoff_for_budget
+from catimage_accel.routing import KNNRouter, LoadTradeoff, choose, read_csv, tradeoff_for_budget
 
-RATINGS = ScoreTable.from_csv(Path(__file__).parent / "data" / "genai_bench_200.csv")
+RATINGS = read_csv(Path(__file__).parent / "data" / "genai_bench_200.csv").complete()
 
 
 LOADS = st.lists(st.floats(0, 1e6), min_size=2)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from catimage_accel.routing import BudgetPacer, ConstantRouter, KNNRouter, ScoreTable, choose_within_budget
+from catimage_accel.routing import BudgetPacer, ConstantRouter, KNNRouter, choose_within_budget, read_csv
 
-RATINGS = ScoreTable.from_csv(Path(__file__).parent / "data" / "genai_bench_200.csv")
+RATINGS = read_csv(Path(__file__).parent / "data" / "genai_bench_200.csv").complete()
 COSTS = RATINGS.costs
 
 

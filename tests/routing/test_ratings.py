@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from catimage_accel.routing import ConstantRouter, KNNRouter, Ratings, ScoreTable, evaluate, predict_held_out, read_csv
+from catimage_accel.routing import ConstantRouter, KNNRouter, Ratings, evaluate, predict_held_out, read_csv
 
 HEADER = "prompt_id,prompt,candidate,score,cost\n"
 NAMES, COSTS = ("cheap", "middle", "dear"), [1.0, 3.0, 10.0]
-PUBLISHED = ScoreTable.from_csv(Path(__file__).parent / "data" / "genai_bench_200.csv")
+PUBLISHED = read_csv(Path(__file__).parent / "data" / "genai_bench_200.csv").complete()
 
 
 def ratings(scores: np.ndarray, **more: object) -> Ratings:

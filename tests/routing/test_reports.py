@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 from test_routers import planted_table
 
-from catimage_accel.routing import ConstantRouter, KNNRouter, OracleRouter, ScoreTable, evaluate, judge, prompt_kinds
+from catimage_accel.routing import (
+    ConstantRouter,
+    KNNRouter,
+    OracleRouter,
+    ScoreTable,
+    evaluate,
+    judge,
+    prompt_kinds,
+    read_csv,
+)
 
 TABLE = planted_table()
-RATINGS = ScoreTable.from_csv(Path(__file__).parent / "data" / "genai_bench_200.csv")
+RATINGS = read_csv(Path(__file__).parent / "data" / "genai_bench_200.csv").complete()
 
 
 def test_calibration_finds_a_line_that_was_drawn() -> None:

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from catimage_accel.routing import ScoreTable
+from catimage_accel.routing import ScoreTable, read_csv, read_parquet
 
 RATINGS = Path(__file__).parent / "data" / "genai_bench_200.csv"
 HEADER = "prompt_id,prompt,candidate,score,cost\n"
@@ -56,7 +56,7 @@ def test_scores_are_read_only() -> None:
 
 
 def test_published_ratings_are_read() -> None:
-    table = ScoreTable.from_csv(RATINGS)
+    table = read_csv(RATINGS).whole(RATINGS)
     assert table.scores.shape == (200, 6)
     assert dict(zip(table.candidates, table.costs, strict=True))["SDXL_Turbo"] == 4
     assert 1 <= table.scores.min() < table.scores.max() <= 5
@@ -81,13 +81,13 @@ def test_csv_refuses(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "scores.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=said):
-        ScoreTable.from_csv(path)
+        read_csv(path).whole(path)
 
 
 def test_csv_joins_ids_with_one_text(tmp_path: Path) -> None:
     path = tmp_path / "scores.csv"
     path.write_text(HEADER + "1,a,x,0.2,1\n2,a,x,0.4,1\n3,b,x,0.5,1\n", encoding="utf-8")
-    table = ScoreTable.from_csv(path)
+    table = read_csv(path).whole(path)
     assert table.prompts == ("a", "b")
     np.testing.assert_allclose(table.scores[:, 0], [0.3, 0.5])
 
@@ -99,7 +99,7 @@ def test_parquet_means_over_seeds_of_one_metric(tmp_path: Path) -> None:
         ("a", "y", 0, "clip", 0.5),
         ("a", "x", 0, "fid", 9.0),
     ]
-    table = ScoreTable.from_parquet(write_scores(tmp_path / "q.parquet", rows), {"y": 2.0, "x": 1.0}, "clip")
+    table = read_parquet(write_scores(tmp_path / "q.parquet", rows), {"y": 2.0, "x": 1.0}, "clip").whole(tmp_path)
     assert table.candidates == ("y", "x")
     np.testing.assert_allclose(table.scores, [[0.5, 0.3]])
     np.testing.assert_array_equal(table.costs, [2, 1])
@@ -116,20 +116,20 @@ def test_parquet_means_over_seeds_of_one_metric(tmp_path: Path) -> None:
 )
 def test_parquet_refuses(tmp_path: Path, rows: list, costs: dict, metric: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        ScoreTable.from_parquet(write_scores(tmp_path / "q.parquet", rows), costs, metric)
+        read_parquet(write_scores(tmp_path / "q.parquet", rows), costs, metric).whole(tmp_path)
 
 
 def test_parquet_cut_off_by_a_crash(tmp_path: Path) -> None:
     path = write_scores(tmp_path / "q.parquet", [("a", "x", 0, "clip", 1.0)])
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="not a whole Parquet file"):
-        ScoreTable.from_parquet(path, {"x": 1.0}, "clip")
+        read_parquet(path, {"x": 1.0}, "clip").whole(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        ScoreTable.from_parquet(tmp_path / "nowhere", {"x": 1.0}, "clip")
+        read_parquet(tmp_path / "nowhere", {"x": 1.0}, "clip").whole(tmp_path)
 
 
 def test_folds_hold_every_prompt_out_once_whatever_the_row_order() -> None:
-    table = ScoreTable.from_csv(RATINGS)
+    table = read_csv(RATINGS).whole(RATINGS)
     folds = table.folds(7)
     held_out = [set(part.prompts) for _, part in folds]
     assert set().union(*held_out) == set(table.prompts)
