@@ -2,11 +2,12 @@
 
     python bench/device_check.py
 
-from a plain checkout: torch and triton are enough, nothing needs to be installed. After the device's ceilings come four
-stages (correctness, tuning, correctness of odd shapes with what was tuned, benchmarks), each with a time budget that
-together stay under nine minutes; what a stage has when its time is out is kept. Where only some stages are asked for,
-they share the time of all. Results go to ``bench/results/<device>/<date>.json``, or to the folder that the environment
-variable OUT names; tuned launch configs go where the kernels look for them, and beside the results. A table comes last.
+from a plain checkout: torch and triton are enough, nothing needs to be installed. After the device's ceilings come five
+stages (correctness, tuning, correctness of odd shapes with what was tuned, benchmarks, compute-sanitizer where it is),
+each with a time budget that together stay under nine minutes; what a stage has when its time is out is kept. Where
+only some stages are asked for, they share the time of all. Results go to ``bench/results/<device>/<date>.json``, or to
+the folder that the environment variable OUT names; tuned launch configs go where the kernels look for them, and beside
+the results. A table comes last.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 from checkout import ROOT, map_kernels
 
-SECONDS = {"correctness": 110.0, "tuning": 160.0, "tuned": 30.0, "benchmarks": 180.0}
+SECONDS = {"correctness": 100.0, "tuning": 150.0, "tuned": 30.0, "benchmarks": 165.0, "sanitizer": 35.0}
 SAVE_EVERY = 5.0
 
 
@@ -145,6 +146,22 @@ def benchmarks(device: Any, timer: Any, ceilings: Any) -> Iterable[dict[str, Any
                    "implementations": found}  # fmt: skip
 
 
+def sanitizing(seconds: float) -> Iterable[dict[str, Any]]:
+    """What compute-sanitizer finds, tool after tool."""
+    from sanitized import TOOLS, clean
+
+    end = time.monotonic() + seconds
+    for tool in TOOLS:
+        try:
+            nothing, said = clean(tool, max(1.0, end - time.monotonic()))
+        except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+            yield {"tool": tool, "not_run": str(error)[:200]}
+            continue
+        if not nothing:
+            print(f"WRONG {tool}: {said}", flush=True)
+        yield {"tool": tool, "right": nothing, "said": said[-300:]}
+
+
 def table(rows: list[dict[str, Any]], ours: tuple[str, ...]) -> list[str]:
     """A line a workload: our best, the best of the others, and torch.compile."""
     lines = [f"{'':43}{'ours':>8} {'impl':6}{'best other':>10} {'':13}{'ratio':>5}{'compile':>8}{'%copy':>6}{'%mm':>5}"]
@@ -201,14 +218,18 @@ def main() -> None:
         "tuning": lambda: tuning(device, seconds["tuning"], out),
         "tuned": lambda: correctness(device, odd_only=True),
         "benchmarks": lambda: benchmarks(device, timer, ceilings),
+        "sanitizer": lambda: sanitizing(seconds["sanitizer"]),
     }
     rows = {name: report.stage(name, run(), seconds[name]) for name, run in stages.items() if name in args.stages}
     print("\n".join(table(rows.get("benchmarks", []), OURS)))
     checked = rows.get("correctness", []) + rows.get("tuned", [])
-    wrong = [row for row in checked if not row["right"]]
+    watched = [row for row in rows.get("sanitizer", []) if "right" in row]
+    wrong = [row for row in checked + watched if not row["right"]]
     by_impl = dict(Counter(row["impl"] for row in checked))
     copy, matmul = ceilings.copy_gb_s, {k.removeprefix("torch."): round(v) for k, v in ceilings.matmul_tflop_s.items()}
-    print(f"copy {copy:.0f} GB/s, matmul {matmul} TFLOP/s; checks {by_impl}, {len(wrong)} wrong; {report.path}")
+    tools = [row["tool"] for row in watched]
+    print(f"copy {copy:.0f} GB/s, matmul {matmul} TFLOP/s")
+    print(f"checks {by_impl}, compute-sanitizer {tools}, {len(wrong)} wrong; {report.path}")
     sys.exit(1 if wrong else 0)
 
 

@@ -16,7 +16,7 @@ from catimage_accel.routing.storage import SavedRouter
 from catimage_accel.routing.table import ScoreTable, check_prompts
 from catimage_accel.routing.wording import WordingFeatures
 
-MAX_LANDMARKS = 2000  # prompts that others are compared with
+MAX_LANDMARKS = 1500  # prompts that others are compared with
 WIDTHS = (0.55, 0.8, 1.1, 1.6)  # of the kernel, tried; prompts lie about 1.4 apart
 RIDGES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, np.inf)  # tried
 RANK_TOLERANCE = 1e-9
