@@ -11,10 +11,10 @@ recogniser (``recogniser.py``) finds in that mix than in a random mix of the sam
 
 A gap is the dear candidate's score less the cheap one's. "Same pictures": by the gap of the very pictures that are
 judged, their luck included. "Other pictures": by the gap of pictures drawn from another seed. The recogniser's own gap
-of the same pictures is the oracle: no choice gains more. "Of possible" is the share of what the recogniser's own gap
-gains, of the same pictures or else of others. Intervals are 95%, by a bootstrap over prompts.
+of the same pictures is the oracle: no choice gains more, and "of possible" is the share of what it gains. Its gap of
+other pictures tells what of that is luck. Intervals are 95%, by a bootstrap over prompts.
 
-One thread of a CPU needs about a minute to render the scenes, 8 for the training, 12 for the pictures and one for the
+One thread of a CPU needs about a minute to render the scenes, 8 for the training, 20 for the pictures and one for the
 resamples. What was made is kept in ``--work``, and a run that was stopped goes on from there. ``--scenes`` is where
 ``scenes-train-N.npy`` may be already.
 """
@@ -163,8 +163,8 @@ def compare(
         }
         for share in SHARES:
             gains = {way: drawn.gains(list(zip(told, gap, strict=True)), share) for way, told in ways.items()}
+            possible = gains["recogniser's gap, same pictures"]
             for way, gain in gains.items():
-                possible = gains["recogniser's gap, " + ("same pictures" if "same" in way else "other pictures")]
                 row: dict[str, Any] = {"difficulty": way, "metric": metric, "share_to_cheap": share}
                 row["random_mix"] = round(float((dear_mean := getattr(dear, metric).mean()) - share * gap.mean()), 5)
                 row["all_dear"] = round(float(dear_mean), 5)

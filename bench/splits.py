@@ -12,16 +12,14 @@ Tasks = Sequence[tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Resamples:
-    """Row 0 of ``picks`` is every prompt once, the others are bootstrap draws of them; ``lots`` break ties."""
+    """Row 0 of ``picks`` is every prompt once, the others are bootstrap draws of them."""
 
     picks: np.ndarray
-    lots: np.ndarray
 
     @classmethod
     def of(cls, prompts: int, number: int, seed: int = 0) -> Resamples:
         rng = np.random.default_rng((22, seed))
-        picks = np.concatenate([np.arange(prompts)[None], rng.integers(prompts, size=(number, prompts))])
-        return cls(picks, rng.random(picks.shape))
+        return cls(np.concatenate([np.arange(prompts)[None], rng.integers(prompts, size=(number, prompts))]))
 
     def gains(self, tasks: Tasks, share: float) -> np.ndarray:
         """(1 + resamples,): mean over ``tasks``, pairs of the prompts' difficulties and of what each loses when cheap.
@@ -31,10 +29,14 @@ class Resamples:
         return np.mean([self._gains(difficulty, lost, share) for difficulty, lost in tasks], axis=0)
 
     def _gains(self, difficulty: np.ndarray, lost: np.ndarray, share: float) -> np.ndarray:
-        lost = lost[self.picks]
+        difficulty, lost = difficulty[self.picks], lost[self.picks]
         n = lost.shape[1]
-        sent = np.lexsort((self.lots, difficulty[self.picks]))[:, : round(share * n)]
-        return sent.shape[1] / n * lost.mean(1) - np.take_along_axis(lost, sent, 1).sum(1) / n
+        sent = round(share * n)
+        hardest = np.partition(difficulty, sent - 1, axis=1)[:, sent - 1 : sent]
+        easier, equal = difficulty < hardest, difficulty == hardest
+        # Of those as hard as the hardest sent any may be: their expectation.
+        rest = (sent - easier.sum(1)) * (lost * equal).sum(1) / equal.sum(1)
+        return sent / n * lost.mean(1) - ((lost * easier).sum(1) + rest) / n
 
     def correlations(self, tasks: Tasks) -> np.ndarray:
         """(1 + resamples,): Spearman's, mean over the pairs ``tasks``."""
