@@ -22,6 +22,7 @@ resamples. What was made is kept in ``--work``, and a run that was stopped goes 
 from __future__ import annotations
 
 import argparse
+import json
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +52,7 @@ from catimage_accel.catalog import Candidate, Catalog  # noqa: E402
 from catimage_accel.executor import Executor, Job  # noqa: E402
 from catimage_accel.quality import CLIPScore  # noqa: E402
 from catimage_accel.scoring import image_seed  # noqa: E402
+from catimage_accel.storage import CHECKSUMS_FILE  # noqa: E402
 from catimage_accel.zoo.scenes import SceneSpec  # noqa: E402
 from catimage_accel.zoo.training.data import FIRST_MEASURED, held_out_captions, rendered, spec  # noqa: E402
 
@@ -75,7 +77,8 @@ def draw(
     catalog: Catalog, executor: Executor, candidate: Candidate, prompts: list[str], seed: int, kept: Path
 ) -> np.ndarray:
     """uint8 (prompts, 64, 64, 3), in chunks that are kept in the folder."""
-    models = zlib.crc32((catalog.folder / "checksums.json").read_bytes())
+    files = json.loads((catalog.folder / CHECKSUMS_FILE).read_text())["files"]
+    models = [files[path]["sha256"] for path in sorted(files) if path.startswith(f"{candidate.model}/")]
     kept.mkdir(parents=True, exist_ok=True)
     parts = []
     starts = range(0, len(prompts), CHUNK)
