@@ -22,6 +22,9 @@ from catimage_accel.routing.table import ScoreTable
 CURVE_POINTS = 101
 SHARES = (0.25, 0.5, 0.75)
 GAIN_SHARES = (0.05, 0.1, 0.15, *SHARES)
+KIND_FIGURES = ("area", "hull_area", "oracle_area", "gain_share", "qnc", "best_single", "gain_at 0.10", "gain_at 0.25")
+KIND_PROMPTS = 30  # of a kind with fewer little can be told
+KIND_RESAMPLES = 200  # each takes as long as one of all prompts
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Evaluation:
     dearest candidate's cost (None: under the cheapest's), ``quality_at`` is the quality, ``regret_at`` what the oracle
     draws better, ``gain_at`` what the best random mix draws worse. ``curve``, ``hull`` and ``oracle`` are the qualities
     at ``costs``, evenly spaced; ``candidate_costs`` and ``candidate_scores`` each candidate's cost and mean score.
+    ``by_kind`` has some of the figures of each kind of prompt by itself, as if there were no others, from kinds of 30
+    prompts up and by 200 resamples at most.
     """
 
     prompts: int
@@ -57,6 +62,7 @@ class Evaluation:
     gain_at: dict[str, Estimate]
     calibration: Calibration
     selection: dict[str, Selection]
+    by_kind: dict[str, dict[str, Estimate]]
     candidate_costs: tuple[float, ...]
     candidate_scores: tuple[float, ...]
     costs: tuple[float, ...]
@@ -131,8 +137,8 @@ def judge(
     figures = judging.figures(whole)
     rng = np.random.default_rng(seed)
     number = len(judged)
-    draws = (rng.integers(number, size=number) for _ in range(resamples))
-    drawn = [judging.figures(np.bincount(rows, minlength=number)) for rows in draws]
+    draws = [np.bincount(rng.integers(number, size=number), minlength=number) for _ in range(resamples)]
+    drawn = [judging.figures(weights) for weights in draws]
     estimates = {name: estimate(value, [draw[name] for draw in drawn], confidence) for name, value in figures.items()}
 
     def taken(prefix: str) -> dict[str, Estimate]:
@@ -141,7 +147,7 @@ def judge(
 
     costs = np.linspace(float(judged.costs.min()), float(judged.costs.max()), CURVE_POINTS)
     curve, oracle, hull = judging.curves(whole)
-    by_kind = prompt_kinds(judged.prompts, None if kinds is None else [kinds[row] for row in order])
+    masks = prompt_kinds(judged.prompts, None if kinds is None else [kinds[row] for row in order])
     return Evaluation(
         prompts=len(judged),
         left_out=left_out,
@@ -152,7 +158,12 @@ def judge(
         regret_at=taken("regret_at "),
         gain_at=taken("gain_at "),
         calibration=judging.calibration.calibration(taken("calibration ")),
-        selection=selections(predicted, judged, judging.parts, by_kind),
+        selection=selections(predicted, judged, judging.parts, masks),
+        by_kind={
+            kind: _of_kind(judging, mask, draws[:KIND_RESAMPLES], confidence)
+            for kind, mask in masks.items()
+            if mask.sum() >= KIND_PROMPTS
+        },
         candidate_costs=tuple(judged.costs.tolist()),
         candidate_scores=tuple(judged.mean_scores.tolist()),
         costs=tuple(costs.tolist()),
@@ -161,6 +172,13 @@ def judge(
         oracle=tuple(oracle.quality_at(costs).tolist()),
         **estimates,
     )
+
+
+def _of_kind(
+    judging: _Judging, mask: np.ndarray, draws: Sequence[np.ndarray], confidence: float
+) -> dict[str, Estimate]:
+    value, drawn = judging.figures(mask.astype(float)), [judging.figures(weights * mask) for weights in draws]
+    return {name: estimate(value[name], [draw[name] for draw in drawn], confidence) for name in KIND_FIGURES}
 
 
 class _Judging:

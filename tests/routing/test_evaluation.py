@@ -180,3 +180,17 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModuleNotFoundError, match=r"pip install catimage-accel\[plots\]"):
         plot_curves({"k-NN": judge(TABLE.scores, TABLE, resamples=2)}, tmp_path / "curves.png")
+
+
+def test_a_kind_is_judged_as_if_there_were_no_other_prompts() -> None:
+    kinds = ["few" if index % 2 else "many" for index in range(len(RATINGS))]
+    rng = np.random.default_rng(0)
+    predicted = RATINGS.scores + rng.normal(size=RATINGS.scores.shape)
+    together = judge(predicted, RATINGS, kinds=kinds, resamples=20)
+    assert set(together.by_kind) == {"few", "many"}
+    rows = np.arange(1, len(RATINGS), 2)
+    alone = judge(predicted[rows], RATINGS.select(rows), resamples=1)
+    for figure in ("area", "hull_area", "oracle_area", "gain_share"):
+        assert together.by_kind["few"][figure].value == pytest.approx(getattr(alone, figure).value)
+    rare = judge(predicted, RATINGS, kinds=["rare" if index < 29 else "" for index in range(len(RATINGS))], resamples=1)
+    assert rare.by_kind == {}
