@@ -94,6 +94,8 @@ def read_parquet(path: str | Path, costs: Mapping[str, float], metric: str) -> R
 
 def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, str]]]:
     """("file, line n", the row) of each row below the header, with all columns."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no table {path}, expected a CSV file")
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
