@@ -54,11 +54,10 @@ def takes_sums(norm: nn.Module) -> bool:
 def shift_and_norm(norm: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
     """``norm(x + shift)`` for a ``shift`` of (batch, channels)."""
     if (
-        takes_kernels(x, shift)
-        and isinstance(norm, FusedGroupNorm)
+        isinstance(norm, FusedGroupNorm)
+        and takes_kernels(x, shift, norm.weight)
         and takes_sums(norm)
         and shift.shape == x.shape[:2]
-        and takes_kernels(x, norm.weight)
     ):
         return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=norm.activation, shift=shift)
     normalised: Tensor = norm(x + shift[:, :, None, None])
@@ -68,11 +67,10 @@ def shift_and_norm(norm: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
 def add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """``norm(x + residual)``, and the sum."""
     if (
-        takes_kernels(x, residual)
-        and isinstance(norm, FusedLayerNorm)
+        isinstance(norm, FusedLayerNorm)
+        and takes_kernels(x, residual, norm.weight)
         and takes_sums(norm)
         and x.shape == residual.shape
-        and takes_kernels(x, norm.weight)
     ):
         return layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual)
     total = x + residual

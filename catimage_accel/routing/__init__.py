@@ -11,7 +11,7 @@ from catimage_accel.routing.curves import (
     oracle_curve,
     quality_neutral_cost,
 )
-from catimage_accel.routing.embedders import Embedder, JointEmbedder, NGramEmbedder, TextEncoderEmbedder
+from catimage_accel.routing.embedders import Embedder, JointEmbedder, NGramEmbedder, TextEncoderEmbedder, with_counts
 from catimage_accel.routing.estimates import Estimate
 from catimage_accel.routing.evaluation import Evaluation, evaluate, judge
 from catimage_accel.routing.held_out import HeldOut, predict_held_out, training_for
@@ -84,4 +84,5 @@ __all__ = [
     "read_parquet",
     "tradeoff_for_budget",
     "training_for",
+    "with_counts",
 ]

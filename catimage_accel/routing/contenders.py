@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from catimage_accel.routing.counts import CountFeatures
-from catimage_accel.routing.embedders import Embedder, JointEmbedder, NGramEmbedder
+from catimage_accel.routing.embedders import Embedder, NGramEmbedder, with_counts
 from catimage_accel.routing.kernel import KernelRouter
 from catimage_accel.routing.knn import KNNRouter
 from catimage_accel.routing.minilm import MiniLMEmbedder, minilm_installed
 from catimage_accel.routing.routers import ConstantRouter, RandomMixRouter, Router
 from catimage_accel.routing.tokens import TokenEmbedder
 from catimage_accel.routing.transformer import TransformerRouter
-from catimage_accel.routing.wording import WordingFeatures
 
 READERS = ("kernel", "k-NN", "transformer")  # of prompts
 BASELINES = ("constant", "random mix")
@@ -41,9 +39,7 @@ def contenders(
 
 def default_embedder() -> Embedder:
     """MiniLM where its package is installed, else n-grams; and counts and wording beside them."""
-    return JointEmbedder(
-        MiniLMEmbedder() if minilm_installed() else NGramEmbedder(), CountFeatures(), WordingFeatures()
-    )
+    return with_counts(MiniLMEmbedder() if minilm_installed() else NGramEmbedder())
 
 
 def default_tokens() -> TokenEmbedder:

@@ -36,7 +36,35 @@ MAX_NUMBER = 100  # a year or a resolution is not a number of things
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[,&]")
 
 
-class CountFeatures:
+class LogCounts:
+    """Counts of a prompt, ``NAMES`` the columns, as ``log(1 + count)``: (n, columns) float32, each >= 0."""
+
+    KIND: str
+    NAMES: tuple[str, ...]
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return (len(self.NAMES),)
+
+    def embed(self, prompts: Sequence[str]) -> np.ndarray:
+        check_prompts(prompts)
+        counts = np.array([self.counts(prompt) for prompt in prompts], dtype=np.float32)
+        return np.log1p(counts.reshape(len(prompts), len(self.NAMES)))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.KIND}
+
+    def counts(self, prompt: str) -> list[int]:
+        """One number a column."""
+        raise NotImplementedError
+
+
+def folded(prompt: str) -> str:
+    """The text in which words and marks are looked for."""
+    return unicodedata.normalize("NFKC", prompt).casefold().replace("\u2019", "'")
+
+
+class CountFeatures(LogCounts):
     """Ten counts of a prompt's words, as ``log(1 + count)``: (n, 10) float32, each >= 0.
 
     In order (``NAMES``): words, characters, things asked for (articles plus number words and digits by their value),
@@ -44,39 +72,30 @@ class CountFeatures:
     lists are English; in other scripts the lengths still count.
     """
 
+    KIND = "counts"
     NAMES = ("words", "characters", "things", "numbers", "joints", "negations", "comparisons", "spatial", "colours",
              "different words")  # fmt: skip
-    blocks: tuple[int, ...] = (len(NAMES),)
 
-    def embed(self, prompts: Sequence[str]) -> np.ndarray:
-        check_prompts(prompts)
-        counts = np.array([_counts(prompt) for prompt in prompts], dtype=np.float32)
-        return np.log1p(counts.reshape(len(prompts), len(self.NAMES)))
+    def counts(self, prompt: str) -> list[int]:
+        words = WORD.findall(folded(prompt))
+        values = [value for word in words if (value := _value(word)) is not None]
 
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "counts"}
+        def among(listed: set[str]) -> int:
+            return sum(word in listed for word in words)
 
-
-def _counts(prompt: str) -> list[int]:
-    words = WORD.findall(unicodedata.normalize("NFKC", prompt).casefold().replace("\u2019", "'"))
-    values = [value for word in words if (value := _value(word)) is not None]
-
-    def among(listed: set[str]) -> int:
-        return sum(word in listed for word in words)
-
-    spoken = [word for word in words if word not in ",&"]
-    return [
-        len(spoken),
-        len(prompt),
-        among(ARTICLES) + sum(values),
-        len(values),
-        among(JOINTS),
-        among(NEGATIONS),
-        among(COMPARISONS),
-        among(SPATIAL),
-        among(COLOURS),
-        len(set(spoken)),
-    ]
+        spoken = [word for word in words if word not in ",&"]
+        return [
+            len(spoken),
+            len(prompt),
+            among(ARTICLES) + sum(values),
+            len(values),
+            among(JOINTS),
+            among(NEGATIONS),
+            among(COMPARISONS),
+            among(SPATIAL),
+            among(COLOURS),
+            len(set(spoken)),
+        ]
 
 
 def _value(word: str) -> int | None:

@@ -171,6 +171,11 @@ class JointEmbedder:
         return {"kind": "joint", "parts": [part.describe() for part in self.parts]}
 
 
+def with_counts(embedder: Embedder) -> JointEmbedder:
+    """``embedder``, with counts and wording beside it."""
+    return JointEmbedder(embedder, CountFeatures(), WordingFeatures())
+
+
 def embedder_from(description: Mapping[str, Any], folder: Path) -> Embedder:
     """Rebuild an embedder from its ``describe()``; a relative path in it starts at ``folder``."""
     kind = description.get("kind")

@@ -57,6 +57,23 @@ class PromptFeatures:
         return cls(embedder, *(saved.tensor(name, (len(probe),)) for name in ("centre", "scale")))
 
 
+class Points:
+    """Vectors (n, columns) that others are compared with."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.vectors = vectors
+        self._lengths = (vectors**2).sum(axis=1)
+
+    def squared_distances(self, vectors: np.ndarray) -> np.ndarray:
+        """(m, n) from ``vectors`` (m, columns); rounding may leave some a little below 0."""
+        import torch
+
+        # By torch: NumPy's own threads would wait for those of a text encoder, twice as long as that takes.
+        products = (torch.from_numpy(vectors) @ torch.from_numpy(self.vectors).T).numpy()
+        squares: np.ndarray = self._lengths[None, :] - 2 * products + (vectors**2).sum(axis=1, keepdims=True)
+        return squares
+
+
 def _through_float32(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32).astype(np.float64)
 

@@ -8,13 +8,11 @@ from typing import Self
 
 import numpy as np
 
-from catimage_accel.routing.counts import CountFeatures
-from catimage_accel.routing.embedders import Embedder, JointEmbedder, NGramEmbedder, relocatable
-from catimage_accel.routing.features import PromptFeatures
+from catimage_accel.routing.embedders import Embedder, NGramEmbedder, relocatable, with_counts
+from catimage_accel.routing.features import Points, PromptFeatures
 from catimage_accel.routing.routers import FittedRouter
 from catimage_accel.routing.storage import SavedRouter
 from catimage_accel.routing.table import ScoreTable, check_prompts
-from catimage_accel.routing.wording import WordingFeatures
 
 MAX_LANDMARKS = 1500  # prompts that others are compared with
 WIDTHS = (0.55, 0.8, 1.1, 1.6)  # of the kernel, tried; prompts lie about 1.4 apart
@@ -40,14 +38,14 @@ class KernelRouter(FittedRouter):
     KIND = "kernel"
 
     def __init__(self, embedder: Embedder | None = None) -> None:
-        self.embedder: Embedder = embedder or JointEmbedder(NGramEmbedder(), CountFeatures(), WordingFeatures())
+        self.embedder: Embedder = embedder or with_counts(NGramEmbedder())
 
     def fit(self, table: ScoreTable) -> Self:
         # The order of the table's rows plays no part.
         order = sorted(range(len(table)), key=lambda row: table.prompts[row])
         self._features, vectors = PromptFeatures.fit(self.embedder, [table.prompts[row] for row in order])
         spread = np.linspace(0, len(order) - 1, min(len(order), MAX_LANDMARKS)).round().astype(int)
-        self._candidates, self._landmarks = table.candidates, vectors[spread]
+        self._candidates, self._landmarks = table.candidates, Points(vectors[spread])
         scores = table.scores[order]
         self._mean = scores.mean(axis=0)
         _, _, directions = np.linalg.svd(scores - self._mean, full_matrices=False)
@@ -78,7 +76,7 @@ class KernelRouter(FittedRouter):
             "embedder": relocatable(self.embedder.describe(), folder),
         }
         tensors = {
-            "landmarks": self._landmarks.astype(np.float32),
+            "landmarks": self._landmarks.vectors.astype(np.float32),
             "weights": self._weights,
             "mean": self._mean,
             **self._features.tensors(),
@@ -93,20 +91,14 @@ class KernelRouter(FittedRouter):
         router._features, router._candidates = features, saved.candidates
         router.width = float(saved.settings["width"])
         router.ridges = [np.inf if ridge is None else float(ridge) for ridge in saved.settings["ridges"]]
-        router._landmarks = saved.tensor("landmarks", (None, features.columns))
-        router._weights = saved.tensor("weights", (len(router._landmarks), len(saved.candidates)))
+        router._landmarks = Points(saved.tensor("landmarks", (None, features.columns)))
+        router._weights = saved.tensor("weights", (len(router._landmarks.vectors), len(saved.candidates)))
         router._mean = saved.tensor("mean", (len(saved.candidates),))
         return router
 
     def _distances(self, vectors: np.ndarray) -> np.ndarray:
         """(n, landmarks), squared, in units in which a training prompt's vector has a mean square length of 1."""
-        import torch
-
-        # By torch: NumPy's own threads would wait for those of a text encoder.
-        products = (torch.from_numpy(vectors) @ torch.from_numpy(self._landmarks).T).numpy()
-        lengths = (self._landmarks**2).sum(axis=1)
-        squares = lengths[None, :] - 2 * products + (vectors**2).sum(axis=1, keepdims=True)
-        return np.maximum(squares, 0) / len(self.embedder.blocks)
+        return np.maximum(self._landmarks.squared_distances(vectors), 0) / len(self.embedder.blocks)
 
 
 def _kernel(distances: np.ndarray, width: float) -> np.ndarray:

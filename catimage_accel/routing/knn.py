@@ -11,7 +11,7 @@ import numpy as np
 
 from catimage_accel.routing.counts import CountFeatures
 from catimage_accel.routing.embedders import Embedder, JointEmbedder, NGramEmbedder, relocatable
-from catimage_accel.routing.features import PromptFeatures
+from catimage_accel.routing.features import Points, PromptFeatures
 from catimage_accel.routing.routers import FittedRouter
 from catimage_accel.routing.storage import SavedRouter
 from catimage_accel.routing.table import ScoreTable, check_prompts
@@ -118,17 +118,12 @@ class KNNRouter(FittedRouter):
         rest = self._scores - self._mean
         self._difficulty = rest.mean(axis=1, keepdims=True)
         self._gaps = rest - self._difficulty
-        self._lengths = (self._vectors**2).sum(axis=1)
+        self._points = Points(self._vectors)
 
     def _nearest(self, vectors: np.ndarray, leave_out: np.ndarray | None = None) -> np.ndarray:
         """(n, training prompts) positions, nearest first; ``leave_out`` (n,) puts one of them last."""
-        import torch
-
-        # By torch: NumPy's own threads would wait for those of the text encoder, twice as long as that takes.
-        products = (torch.from_numpy(vectors) @ torch.from_numpy(self._vectors).T).numpy()
-        distance = self._lengths[None, :] - 2 * products + (vectors**2).sum(axis=1, keepdims=True)
         # Rounded, so that equally near prompts stay equal however many prompts are asked at once.
-        distance = np.round(distance, 9)
+        distance = np.round(self._points.squared_distances(vectors), 9)
         if leave_out is not None:
             distance[np.arange(len(vectors)), leave_out] = np.inf
         return np.argsort(distance, axis=1, kind="stable")

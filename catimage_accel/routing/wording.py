@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-
-from catimage_accel.routing.counts import WORD
-from catimage_accel.routing.table import check_prompts
+from catimage_accel.routing.counts import WORD, LogCounts, folded
 
 # What image models are known to find hard, by the words that ask for it (the skills of GenAI-Bench, arXiv 2406.13743,
 # and PartiPrompts, arXiv 2206.10789), and what tells an easy scene.
@@ -49,7 +42,7 @@ ENDINGS = {"ing": 5, "er": 5, "ed": 4, "ly": 5}  # and how many letters a word h
 LONG_WORD = 9
 
 
-class WordingFeatures:
+class WordingFeatures(LogCounts):
     """Counts of words of 12 kinds (``LISTS``) and of 12 forms, as ``log(1 + count)``: (n, 24) float32, each >= 0.
 
     The forms, in order: words in -ing, -er, -ed, -ly, likely plurals, possessives, numerals, long words, repeated
@@ -57,33 +50,24 @@ class WordingFeatures:
     scripts the forms still count something.
     """
 
+    KIND = "wording"
     NAMES = (
         *LISTS, *(f"-{ending}" for ending in ENDINGS), "plurals", "possessives", "numerals", "long words",
         "repeated words", "longest word", "quotation marks", "clause marks",
     )  # fmt: skip
-    blocks: tuple[int, ...] = (len(NAMES),)
 
-    def embed(self, prompts: Sequence[str]) -> np.ndarray:
-        check_prompts(prompts)
-        counts = np.array([_counts(prompt) for prompt in prompts], dtype=np.float32)
-        return np.log1p(counts.reshape(len(prompts), len(self.NAMES)))
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "wording"}
-
-
-def _counts(prompt: str) -> list[int]:
-    text = unicodedata.normalize("NFKC", prompt).casefold().replace("\u2019", "'")
-    words = [word for word in WORD.findall(text) if word not in ",&"]
-    return [
-        *(sum(word in listed for word in words) for listed in WORDS.values()),
-        *(sum(word.endswith(end) and len(word) >= least for word in words) for end, least in ENDINGS.items()),
-        sum(word.endswith("s") and not word.endswith("ss") and len(word) > 3 for word in words),
-        sum(word.endswith("'s") for word in words),
-        sum(word.isdecimal() for word in words),
-        sum(len(word) >= LONG_WORD for word in words),
-        len(words) - len(set(words)),
-        max(map(len, words), default=0),
-        sum(text.count(mark) for mark in '"\u201c'),
-        sum(text.count(mark) for mark in ".;!?"),
-    ]
+    def counts(self, prompt: str) -> list[int]:
+        text = folded(prompt)
+        words = [word for word in WORD.findall(text) if word not in ",&"]
+        return [
+            *(sum(word in listed for word in words) for listed in WORDS.values()),
+            *(sum(word.endswith(end) and len(word) >= least for word in words) for end, least in ENDINGS.items()),
+            sum(word.endswith("s") and not word.endswith("ss") and len(word) > 3 for word in words),
+            sum(word.endswith("'s") for word in words),
+            sum(word.isdecimal() for word in words),
+            sum(len(word) >= LONG_WORD for word in words),
+            len(words) - len(set(words)),
+            max(map(len, words), default=0),
+            sum(text.count(mark) for mark in '"\u201c'),
+            sum(text.count(mark) for mark in ".;!?"),
+        ]

@@ -48,14 +48,12 @@ Shrinkage = Annotated[
 def embedders_for(loaded: Catalog | None, features: Features) -> tuple[Embedder, TokenEmbedder]:
     """Of prompts and of their tokens; ValueError for a text encoder without a catalog."""
     from catimage_accel.routing import (
-        CountFeatures,
-        JointEmbedder,
         MiniLMEmbedder,
         NGramEmbedder,
         TextEncoderEmbedder,
-        WordingFeatures,
         default_embedder,
         default_tokens,
+        with_counts,
     )
 
     if features is Features.AUTO:
@@ -66,7 +64,7 @@ def embedders_for(loaded: Catalog | None, features: Features) -> tuple[Embedder,
         encoder = TextEncoderEmbedder(loaded.resolve_model(loaded.candidates[0].model))
         return encoder, encoder
     tokens = MiniLMEmbedder() if features is Features.MINILM else NGramEmbedder()
-    return JointEmbedder(tokens, CountFeatures(), WordingFeatures()), tokens
+    return with_counts(tokens), tokens
 
 
 def say_missing(ratings: Ratings, source: object, use: str) -> None:
