@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from catimage_accel.routing import Ratings, Router, ScoreTable
 
 BUILT_IN = "emoji"
+QUANTIZED_PRECISIONS = ("int8", "fp8")
 CATALOG_FILE, COSTS_FILE, QUALITY_FILE = "catalog.toml", "costs.json", "quality.parquet"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.txt", "*.toml", "*.safetensors", "*.parquet", "*.model"]
@@ -39,8 +40,11 @@ class _CandidateFields(Strict):
     sampler: Literal["ddim", "euler", "dpmsolver++"]
     guidance_scale: Annotated[float, Field(ge=0, le=100)]
     unet: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "unet"
-    engine: Literal["eager"] = "eager"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    engine: Literal[
+        "auto", "eager", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "triton"
+    ] = "auto"
+    precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
+    quantization: Annotated[str, Field(min_length=1)] | None = None
     options: _Options = _Options()
 
 
@@ -63,8 +67,10 @@ class Candidate:
 
     ``model`` is a diffusers folder, relative to the catalog's folder or absolute, or a hub id; ``unet`` the subfolder
     of it with this candidate's UNet. ``steps`` is 1 to 1000; ``guidance_scale`` 0 to 100, and up to 1 means none (one
-    UNet row an image). ``options``: ``deepcache_interval`` (int, the UNet's deep features are recomputed every so many
-    steps). Any other value raises ValueError.
+    UNet row an image). ``engine`` "auto" is the one measured fastest, "eager" where none was measured. ``precision``
+    "int8" and "fp8" need ``quantization``, a folder that `catimage quantize` wrote, relative to the catalog's folder or
+    absolute. ``options``: ``deepcache_interval`` (int, the UNet's deep features are recomputed every so many steps).
+    Any other value raises ValueError.
     """
 
     name: str
@@ -73,13 +79,20 @@ class Candidate:
     sampler: str
     guidance_scale: float
     unet: str = "unet"
-    engine: str = "eager"
+    engine: str = "auto"
     precision: str = "fp32"
+    quantization: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         values = {**{key: getattr(self, key) for key in _CandidateFields.model_fields}, "options": dict(self.options)}
         fields = validated(_CandidateFields, values, f"candidate {self.name!r}")
+        quantized = self.precision in QUANTIZED_PRECISIONS
+        if quantized != (self.quantization is not None):
+            raise ValueError(
+                f"candidate {self.name!r}: precision is {self.precision!r} and quantization {self.quantization!r}; "
+                f"accepted: a folder that `catimage quantize` wrote with {' or '.join(QUANTIZED_PRECISIONS)}, none else"
+            )
         object.__setattr__(self, "guidance_scale", float(fields.guidance_scale))
         object.__setattr__(self, "options", values["options"])
 
@@ -226,11 +239,19 @@ class Catalog:
 
         copy = replace(
             self, folder=folder, judge=None if self.judge is None else place(self.judge),
-            candidates=tuple(replace(candidate, model=place(candidate.model)) for candidate in self.candidates),
+            candidates=tuple(
+                replace(
+                    candidate, model=place(candidate.model),
+                    quantization=None if candidate.quantization is None else place(candidate.quantization),
+                )
+                for candidate in self.candidates
+            ),
         )  # fmt: skip
         header = {"name": copy.name, "metric": copy.metric, "judge": copy.judge, "tradeoff": copy.tradeoff}
         header = {key: value for key, value in header.items() if value is not None}
-        entries = [{key: value for key, value in asdict(one).items() if value != {}} for one in copy.candidates]
+        entries = [
+            {key: value for key, value in asdict(one).items() if value not in ({}, None)} for one in copy.candidates
+        ]
         write_atomic(folder / CATALOG_FILE, tomli_w.dumps({**header, "candidate": entries}).encode())
         if copy.flops:
             costs = {"flops": dict(copy.flops), "milliseconds": copy.milliseconds}

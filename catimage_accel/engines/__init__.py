@@ -3,7 +3,8 @@
 from catimage_accel.engines.eager import EagerEngine, SharedParts
 from catimage_accel.engines.loading import PRECISIONS, check_model_folder, check_precision
 from catimage_accel.engines.protocol import DeepFeatures, Engine, TextBatch, TextState
-from catimage_accel.engines.registry import ENGINES, EngineCache
+from catimage_accel.engines.registry import ENGINES, LoadedEngines
+from catimage_accel.engines.unavailable import EngineUnavailable
 
 __all__ = [
     "ENGINES",
@@ -11,7 +12,8 @@ __all__ = [
     "DeepFeatures",
     "EagerEngine",
     "Engine",
-    "EngineCache",
+    "EngineUnavailable",
+    "LoadedEngines",
     "SharedParts",
     "TextBatch",
     "TextState",

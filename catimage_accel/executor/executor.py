@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from catimage_accel.engines import Engine, EngineCache
+from catimage_accel.engines import Engine, LoadedEngines
 from catimage_accel.executor.flight import Flight, OnStep
 from catimage_accel.executor.job import Finished, Job, check_guidance
 from catimage_accel.executor.samplers import SamplerTable, read_scheduler_config, sampler_table
@@ -59,14 +59,16 @@ class Executor:
         self.max_batch = max_batch
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._resolve_model = resolve_model or Path
-        self._engines = EngineCache(self.device)
+        self._engines = LoadedEngines(self.device)
         self._tables: dict[tuple[Path, str, int], SamplerTable] = {}
         self._prepared: dict[tuple[Any, ...], tuple[Engine, SamplerTable]] = {}
 
     def check(self, candidate: Candidate) -> None:
         """Raises ValueError or FileNotFoundError for a candidate that can't be drawn; reads configs, no weights."""
         model = self._resolve_model(candidate.model)
-        self._engines.check(model, candidate.unet, candidate.engine, candidate.precision)
+        self._engines.check(
+            model, candidate.unet, self._ranked(candidate), candidate.precision, self._quantization(candidate)
+        )
         check_guidance(candidate.guidance_scale)
         for option, value in candidate.options.items():
             if option != "deepcache_interval":
@@ -78,11 +80,17 @@ class Executor:
     def prepare(self, candidate: Candidate) -> tuple[Engine, SamplerTable]:
         """What draws the candidate, loaded on first use. Raises as :meth:`check` does, and for unreadable weights."""
         c = candidate
-        key = (c.model, c.unet, c.engine, c.precision, c.sampler, c.steps, c.guidance_scale, repr(dict(c.options)))
+        key = (
+            c.model, c.unet, c.engine, c.precision, c.quantization, c.sampler, c.steps, c.guidance_scale,
+            repr(dict(c.options)),
+        )  # fmt: skip
         if key not in self._prepared:
             self.check(candidate)
             model = self._resolve_model(candidate.model)
-            engine = self._engines.get(model, candidate.unet, candidate.engine, candidate.precision)
+            engine = self._engines.get(
+                model, candidate.unet, self._ranked(candidate), candidate.precision, self._quantization(candidate),
+                deepcache="deepcache_interval" in candidate.options,
+            )  # fmt: skip
             self._prepared[key] = (engine, self._table(model, candidate))
         return self._prepared[key]
 
@@ -94,6 +102,13 @@ class Executor:
         image after each of its steps, and may return latents to go on from.
         """
         return Flight(self, jobs, on_step).finished()
+
+    def _ranked(self, candidate: Candidate) -> tuple[str, ...]:
+        """The engines to try, best first."""
+        return ("eager",) if candidate.engine == "auto" else (candidate.engine,)
+
+    def _quantization(self, candidate: Candidate) -> Path | None:
+        return None if candidate.quantization is None else self._resolve_model(candidate.quantization)
 
     def _table(self, model: Path, candidate: Candidate) -> SamplerTable:
         key = (model, candidate.sampler, candidate.steps)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
-from catimage_accel.engines import DeepFeatures, EagerEngine, Engine, EngineCache, SharedParts, check_model_folder
+from catimage_accel.engines import DeepFeatures, EagerEngine, Engine, LoadedEngines, SharedParts, check_model_folder
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_shared_parts_of_another_precision_are_refused(tiny_sd_folder: Path, eng
 def test_engines_of_one_folder_share_text_encoder_and_decoder(tiny_sd_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_sd_folder, tmp_path / "two")
     shutil.copytree(folder / "unet", folder / "unet_small")
-    cache = EngineCache(torch.device("cpu"))
+    cache = LoadedEngines(torch.device("cpu"))
     large, small = (cache.get(folder, unet) for unet in ("unet", "unet_small"))
     assert isinstance(large, EagerEngine)
     assert isinstance(small, EagerEngine)

@@ -25,7 +25,7 @@ def candidate(folder: Path, **more: Any) -> Candidate:
 
 def unchecked(folder: Path, **more: Any) -> Any:
     """A candidate that the catalog would refuse: the executor checks for itself."""
-    fields = {"engine": "eager", "precision": "fp32", "unet": "unet", "options": {}, **more}
+    fields = {"engine": "eager", "precision": "fp32", "quantization": None, "unet": "unet", "options": {}, **more}
     values = {"model": str(folder), "steps": 3, "sampler": "ddim", "guidance_scale": 2.0, **fields}
     return SimpleNamespace(name="one", **values)
 

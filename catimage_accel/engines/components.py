@@ -1,0 +1,52 @@
+"""What a graph engine is built from: one part of a model, and the shapes it is to run at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["COMPONENTS", "Component", "ShapeProfile"]
+
+COMPONENTS = ("unet", "unet-deep", "unet-shallow", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One graph of a model folder.
+
+    ``name`` is "unet", "unet-deep" (also gives the input of the last up block, DeepCache's features), "unet-shallow"
+    (takes those features and runs the outermost blocks only) or "vae_decoder". ``unet`` is the UNet's subfolder;
+    ``quantization`` the folder with the scales of an "int8" or "fp8" UNet, None for other precisions.
+    """
+
+    model: Path
+    name: str
+    unet: str = "unet"
+    precision: str = "fp32"
+    quantization: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in COMPONENTS:
+            raise ValueError(f"component is {self.name!r}; accepted: {', '.join(COMPONENTS)}")
+
+
+@dataclass(frozen=True)
+class ShapeProfile:
+    """Shapes to be fast at: batches of ``rows`` (ascending), latents of ``height`` x ``width``, ``tokens`` of text."""
+
+    rows: tuple[int, ...]
+    height: int
+    width: int
+    tokens: int
+    text_features: int
+
+    def __post_init__(self) -> None:
+        if not self.rows or list(self.rows) != sorted(set(self.rows)) or self.rows[0] < 1:
+            raise ValueError(f"rows is {self.rows}; accepted: batch sizes from 1, ascending, each once")
+        for name in ("height", "width", "tokens", "text_features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: a whole number from 1")
+
+    def bucket(self, rows: int) -> int | None:
+        """The smallest batch size of the profile that holds so many rows, None if there is none."""
+        return next((size for size in self.rows if size >= rows), None)
