@@ -33,34 +33,35 @@ def tune_engines(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
     rounds: int = 2,
-    advance: Callable[[str, str], None] = lambda *_: None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Tuned:
     """Times ``catalog``'s candidates with each of ``engines``, in turns, the better of ``rounds``.
 
     Turns are in an order that changes, so that what else the machine does in a while falls on all alike. An engine that
     can't run a candidate here is skipped and told; nothing is measured with another in its place. ``advance`` is told
-    the engine and the candidate after each turn.
+    how many pairs of engine and candidate are done.
     """
     executor = Executor(max_batch=max(batch_sizes), device=device, resolve_model=catalog.resolve_model)
     tuned = Tuned({}, {})
-    able: list[Candidate] = []
+    able: dict[tuple[object, ...], list[Candidate]] = {}
     for engine in engines:
         for candidate in catalog.candidates:
             with_engine = replace(candidate, engine=engine)
             reason = _why_not(executor, with_engine)
             if reason is None:
-                able.append(with_engine)
+                able.setdefault((engine, candidate.weights), []).append(with_engine)
             else:
                 tuned.skipped.setdefault(engine, {})[candidate.name] = reason
-                advance(engine, candidate.name)
+                advance(1)
     order = random.Random(0)
     for turn in range(rounds):
-        for candidate in order.sample(able, len(able)):
-            times = time_candidates(replace(catalog, candidates=(candidate,)), executor, batch_sizes)[candidate.name]
-            known = tuned.milliseconds.setdefault(candidate.engine, {}).setdefault(candidate.name, times)
-            known |= {batch: min(value, known[batch]) for batch, value in times.items()}
+        for group in order.sample(list(able.values()), len(able)):
+            known = tuned.milliseconds.setdefault(group[0].engine, {})
+            for name, times in time_candidates(replace(catalog, candidates=tuple(group)), executor, batch_sizes).items():
+                before = known.get(name, times)
+                known[name] = {batch: min(value, before[batch]) for batch, value in times.items()}
             if turn == rounds - 1:
-                advance(candidate.engine, candidate.name)
+                advance(len(group))
     return tuned
 
 

@@ -46,7 +46,7 @@ def tune(
     with progress_bar() as progress:
         bar = progress.add_task("tuning", total=len(engines) * len(loaded.candidates))
         tuned = tune_engines(
-            loaded, engines, found, sizes, rounds=rounds, advance=lambda *_: progress.advance(bar)
+            loaded, engines, found, sizes, rounds=rounds, advance=lambda count: progress.advance(bar, count)
         )  # fmt: skip
     for name, reasons in tuned.skipped.items():
         for reason in dict.fromkeys(reasons.values()):
