@@ -57,7 +57,8 @@ def tune_engines(
     for turn in range(rounds):
         for group in order.sample(list(able.values()), len(able)):
             known = tuned.milliseconds.setdefault(group[0].engine, {})
-            for name, times in time_candidates(replace(catalog, candidates=tuple(group)), executor, batch_sizes).items():
+            timed = time_candidates(replace(catalog, candidates=tuple(group)), executor, batch_sizes)
+            for name, times in timed.items():
                 before = known.get(name, times)
                 known[name] = {batch: min(value, before[batch]) for batch, value in times.items()}
             if turn == rounds - 1:
