@@ -25,7 +25,7 @@ class GraphDescription:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a TensorRT engine; ``inputs`` and ``outputs`` are the precisions it takes and gives ("-": not told)."""
+    """A layer of a TensorRT engine; ``inputs`` and ``outputs`` are the precisions it takes and gives, "-": untold."""
 
     name: str
     kind: str
