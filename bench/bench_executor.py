@@ -163,9 +163,8 @@ def main() -> None:
         first = {c.name: index for index, c in reversed(list(enumerate(candidates)))}  # warm both up, and compare
         few, theirs = [prompts[i] for i in first.values()], [candidates[i] for i in first.values()]
         pictures = {name: np.stack(own(few, theirs)).astype(int) for name, own in draw.items()}
-        difference = {
-            name: int(np.abs(own - pictures["diffusers"]).max()) for name, own in pictures.items() if name != "diffusers"
-        }
+        plain = pictures.pop("diffusers")
+        difference = {name: int(np.abs(own - plain).max()) for name, own in pictures.items()}
         # Engines are built for a batch size when it is first met.
         for own in draw.values():
             own(prompts, candidates)
