@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ __all__ = ["RECORD_FILE", "CacheEntry", "EngineKey", "EntryRecord", "check_files
 
 RECORD_FILE = "entry.json"
 _FORMAT = 1
+_CLOCK_TICK = 0.1  # seconds; a file changed twice within a tick of the file system's clock shows the same times
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ def check_files(folder: Path, record: EntryRecord, known: dict[Path, tuple[Any, 
             continue
         if (digest := file_sha256(file)) != expected.sha256:
             raise ValueError(f"{name} was changed: its sha256 is {digest}, {RECORD_FILE} says {expected.sha256}")
-        known[file] = state_now
+        if time.time() - status.st_ctime > _CLOCK_TICK:
+            known[file] = state_now
     # Network file systems keep hidden files for what was deleted while open; nobody loads those.
     extra = sorted(name for name in _files(folder) if name not in record.files and not Path(name).name.startswith("."))
     if extra != [RECORD_FILE]:
