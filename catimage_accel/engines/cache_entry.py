@@ -16,7 +16,17 @@ from pydantic import AfterValidator, AwareDatetime, Field
 
 from catimage_accel.storage import FileChecksum, Strict, file_sha256, read_json, validated, write_atomic
 
-__all__ = ["RECORD_FILE", "CacheEntry", "EngineKey", "EntryRecord", "check_files", "read_entry", "read_record", "seal"]
+__all__ = [
+    "RECORD_FILE",
+    "CacheEntry",
+    "EngineKey",
+    "EntryRecord",
+    "check_files",
+    "read_entry",
+    "read_record",
+    "seal",
+    "to_disk",
+]
 
 RECORD_FILE = "entry.json"
 _FORMAT = 1
@@ -124,7 +134,7 @@ def seal(folder: Path, key: EngineKey, build_seconds: float) -> None:
         raise ValueError(f"the build of {key.component} for {key.runtime} wrote {RECORD_FILE}; that name is taken")
     files = {}
     for name in names:
-        _to_disk(folder / name)
+        to_disk(folder / name)
         files[name] = {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
     values: dict[str, Any] = {
         "format": _FORMAT, "key": {**asdict(key), "options": dict(key.options)},
@@ -134,9 +144,9 @@ def seal(folder: Path, key: EngineKey, build_seconds: float) -> None:
     validated(EntryRecord, values, f"what the build of {key.component} for {key.runtime} wrote")
     text = json.dumps(values, indent=1) + "\n"
     write_atomic(folder / RECORD_FILE, text.encode())
-    _to_disk(folder / RECORD_FILE)
+    to_disk(folder / RECORD_FILE)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        folder_to_disk(path)
+        to_disk(path)
 
 
 def read_record(folder: Path) -> EntryRecord:
@@ -192,13 +202,10 @@ def check_files(folder: Path, record: EntryRecord, known: dict[Path, tuple[Any, 
         raise ValueError(f"{next(name for name in extra if name != RECORD_FILE)} is there, but not in {RECORD_FILE}")
 
 
-def folder_to_disk(folder: Path) -> None:
-    """Has the disk keep the names in ``folder``, where the system can be asked to."""
-    if os.name == "posix":
-        _to_disk(folder)
-
-
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Has the disk keep a file's content, or the names in a folder, where the system can be asked to."""
+    if os.name != "posix":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
