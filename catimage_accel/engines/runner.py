@@ -22,7 +22,8 @@ class Runner(Protocol):
     def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The graph's named outputs for its named inputs, all with the same number of rows.
 
-        Rows are filled up to the profile's next batch size and cut off again. Raises ValueError for shapes outside the
+        Inputs are of any floating type; outputs of the graph's, in memory that no later call touches. Rows are filled
+        up to the profile's next batch size and cut off again. Raises ValueError for shapes outside the
         profile, naming the shape and what the profile covers; :class:`EngineUnavailable` if the build fails.
         """
         ...
@@ -37,6 +38,10 @@ class Runtime(Protocol):
 
     name: str
     precisions: tuple[str, ...]
+    rows: tuple[int, ...]
+    """Batch sizes to build for; larger batches are run in pieces of the last."""
+    any_size: bool
+    """Whether runners also take heights, widths and tokens other than their profile's, if more slowly."""
 
     def why_not(self, device: torch.device) -> str | None:
         """Why it can't run on ``device``, one line with the remedy; None if it can. Cheap."""
