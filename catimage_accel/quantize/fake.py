@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from catimage_accel.quantize.quantization import LayerQuantization, Quantization
 
-__all__ = ["FakeQuantizedConv2d", "FakeQuantizedLinear", "fake_quantized", "quantize_dequantize"]
+__all__ = ["FakeQuantizedConv2d", "FakeQuantizedLinear", "fake_layer", "fake_quantized", "quantize_dequantize"]
 
 INT8_MAX, E4M3_MAX = 127, 448.0
 UNet = TypeVar("UNet", bound=nn.Module)
@@ -27,19 +27,23 @@ def fake_quantized(unet: UNet, quantization: Quantization) -> UNet:
     copied = copy.deepcopy(unet)
     for name, layer in quantization.layers.items():
         try:
-            module: Any = copied.get_submodule(name)
+            module = copied.get_submodule(name)
         except AttributeError:
             raise ValueError(f"the UNet has no layer {name!r}; the quantization was made from another one") from None
-        kind = {nn.Conv2d: FakeQuantizedConv2d, nn.Linear: FakeQuantizedLinear}.get(type(module))
-        if kind is None:
-            raise ValueError(f"layer {name!r} is a {type(module).__name__}; accepted: Conv2d, Linear")
         parent, _, own = name.rpartition(".")
-        try:
-            replaced = kind(module, layer, quantization.format)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from None
-        setattr(copied.get_submodule(parent), own, replaced)
+        setattr(copied.get_submodule(parent), own, fake_layer(name, module, layer, quantization.format))
     return copied
+
+
+def fake_layer(name: str, module: nn.Module, quantization: LayerQuantization, format: str) -> nn.Module:
+    """``module``, which is called ``name``, with roundings. ValueError as of :func:`fake_quantized`."""
+    kind: Any = {nn.Conv2d: FakeQuantizedConv2d, nn.Linear: FakeQuantizedLinear}.get(type(module))
+    if kind is None:
+        raise ValueError(f"layer {name!r} is a {type(module).__name__}; accepted: Conv2d, Linear")
+    try:
+        return kind(module, quantization, format)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from None
 
 
 class FakeQuantizedConv2d(nn.Conv2d):
