@@ -131,6 +131,9 @@ def quantize_dequantize(x: Tensor, amax: Tensor | float, format: str) -> Tensor:
         if isinstance(amax, Tensor):
             zero_points = torch.zeros(len(amax), dtype=torch.int32, device=amax.device)
             return torch.fake_quantize_per_channel_affine(x, amax / INT8_MAX, zero_points, 0, -128, INT8_MAX)
+        if torch.compiler.is_compiling():  # which knows no shapes for the op below
+            step = amax / INT8_MAX
+            return ((x.float() * (1 / step)).round().clamp(-128, INT8_MAX) * step).to(x.dtype)
         return torch.fake_quantize_per_tensor_affine(x, amax / INT8_MAX, 0, -128, INT8_MAX)
     if torch.onnx.is_in_onnx_export():
         steps = amax / E4M3_MAX if isinstance(amax, Tensor) else torch.tensor(amax / E4M3_MAX)
