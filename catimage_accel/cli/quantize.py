@@ -71,25 +71,23 @@ def quantize(
             )
         texts = _prompts(loaded, prompts, number)
         load_modelopt()
-    for some in groups:
+    options = {"recipe": recipe, "percentile": percentile, "outputs": outputs, "budget": budget}
+    made = [_quantized(loaded, some, texts, rows, str(found), options) for some in groups]
+    for some, (quantization, report) in zip(groups, made, strict=True):
         folder = f"{FOLDER}/{out or _folder_name(loaded, some[0], recipe)}"
-        made, report = _quantized(
-            loaded, some, texts, rows, str(found),
-            {"recipe": recipe, "percentile": percentile, "outputs": outputs, "budget": budget},
-        )  # fmt: skip
-        _write(loaded.folder / folder, made, report)
-        for one in some:
-            quantized = replace(
-                one, name=f"{one.name}-{format}", engine="auto", precision=format, quantization=folder
-            )  # fmt: skip
-            loaded = _with(loaded, quantized, one)
-            say(f"candidate {quantized.name}: {quantized.quantization}")
+        _write(loaded.folder / folder, quantization, report)
         results().print(report.table(f"{some[0].unet}, {recipe}"))
         say(
             f"{report.quantized_share:.1%} of the multiply-adds in {format}; relative squared error of the output "
             f"{report.output_error:.2e} on {report.held_out_rows} inputs it was not calibrated on "
             f"({report.calibrated_error:.2e} with every layer in {format})"
         )
+        for one in some:
+            name = f"{one.name}-{format}"
+            loaded = _with(
+                loaded, replace(one, name=name, engine="auto", precision=format, quantization=folder), one
+            )  # fmt: skip
+            say(f"candidate {name}: {folder}")
     loaded.save(loaded.folder)
     if (loaded.folder / CHECKSUMS_FILE).exists():
         loaded.write_checksums()
@@ -191,7 +189,12 @@ def _write(folder: Path, quantization: Quantization, report: QuantizationReport)
         write_atomic(made / REPORT_FILE, (json.dumps(report.as_dict(), indent=1) + "\n").encode())
         if folder.exists():
             folder.rename(old)
-        made.rename(folder)
+        try:
+            made.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

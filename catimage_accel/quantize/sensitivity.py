@@ -58,7 +58,7 @@ def keep_sensitive(
     everything = sum(errors[name] for name in quantization.layers)
     kept, left = {}, budget * total
     for name in sorted(quantization.layers, key=lambda name: -errors[name] / max(1, multiply_adds[name])):
-        if errors[name] >= WORTHWHILE * everything and multiply_adds[name] <= left and budget > 0:
+        if errors[name] > 0 and errors[name] >= WORTHWHILE * everything and multiply_adds[name] <= left and budget > 0:
             left -= multiply_adds[name]
             kept[name] = f"sensitive: {errors[name] / everything:.1%} of all layers' errors"
     if len(kept) == len(quantization.layers):
@@ -73,4 +73,7 @@ def keep_sensitive(
 
 def _relative(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     error = sum(float((one - other).double().square().sum()) for one, other in zip(found, expected, strict=True))
-    return error / sum(float(other.double().square().sum()) for other in expected)
+    size = sum(float(other.double().square().sum()) for other in expected)
+    if size == 0:
+        raise ValueError("the UNet's output is zero for all inputs; accepted: a trained UNet")
+    return error / size

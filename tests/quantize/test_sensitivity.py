@@ -101,6 +101,13 @@ def test_budget_is_kept_and_spent_on_the_worst(measured: list[tuple[float, int]]
         assert small or worse + counts[name] > budget * total
 
 
+def test_a_unet_that_gives_nothing_is_refused(unet: Any, calibrated: Callable[..., Quantization]) -> None:
+    unet.conv_out.weight.data.zero_()
+    unet.conv_out.bias.data.zero_()
+    with pytest.raises(ValueError, match="output is zero"):
+        layer_errors(unet, only(calibrated(), "conv_in"), BATCHES)
+
+
 @pytest.mark.parametrize("budget", [-0.1, 1.1, float("nan")])
 def test_budget_is_a_share(budget: float) -> None:
     whole = Quantization("int8", "int8", {"conv_in": layer}, {}, "a" * 64)
