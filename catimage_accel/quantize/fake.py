@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from catimage_accel.quantize.quantization import LayerQuantization, Quantization
 
-__all__ = ["FakeQuantizedConv2d", "FakeQuantizedLinear", "fake_quantized", "quantize_dequantize"]
+__all__ = ["FakeQuantizedConv2d", "FakeQuantizedLinear", "fake_layer", "fake_quantized", "quantize_dequantize"]
 
 INT8_MAX, E4M3_MAX = 127, 448.0
 UNet = TypeVar("UNet", bound=nn.Module)
@@ -27,19 +27,23 @@ def fake_quantized(unet: UNet, quantization: Quantization) -> UNet:
     copied = copy.deepcopy(unet)
     for name, layer in quantization.layers.items():
         try:
-            module: Any = copied.get_submodule(name)
+            module = copied.get_submodule(name)
         except AttributeError:
             raise ValueError(f"the UNet has no layer {name!r}; the quantization was made from another one") from None
-        kind = {nn.Conv2d: FakeQuantizedConv2d, nn.Linear: FakeQuantizedLinear}.get(type(module))
-        if kind is None:
-            raise ValueError(f"layer {name!r} is a {type(module).__name__}; accepted: Conv2d, Linear")
         parent, _, own = name.rpartition(".")
-        try:
-            replaced = kind(module, layer, quantization.format)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from None
-        setattr(copied.get_submodule(parent), own, replaced)
+        setattr(copied.get_submodule(parent), own, fake_layer(name, module, layer, quantization.format))
     return copied
+
+
+def fake_layer(name: str, module: nn.Module, quantization: LayerQuantization, format: str) -> nn.Module:
+    """``module``, which is called ``name``, with roundings. ValueError as of :func:`fake_quantized`."""
+    kind: Any = {nn.Conv2d: FakeQuantizedConv2d, nn.Linear: FakeQuantizedLinear}.get(type(module))
+    if kind is None:
+        raise ValueError(f"layer {name!r} is a {type(module).__name__}; accepted: Conv2d, Linear")
+    try:
+        return kind(module, quantization, format)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from None
 
 
 class FakeQuantizedConv2d(nn.Conv2d):
@@ -127,6 +131,9 @@ def quantize_dequantize(x: Tensor, amax: Tensor | float, format: str) -> Tensor:
         if isinstance(amax, Tensor):
             zero_points = torch.zeros(len(amax), dtype=torch.int32, device=amax.device)
             return torch.fake_quantize_per_channel_affine(x, amax / INT8_MAX, zero_points, 0, -128, INT8_MAX)
+        if torch.compiler.is_compiling():  # which knows no shapes for the op below
+            step = amax / INT8_MAX
+            return ((x.float() * (1 / step)).round().clamp(-128, INT8_MAX) * step).to(x.dtype)
         return torch.fake_quantize_per_tensor_affine(x, amax / INT8_MAX, 0, -128, INT8_MAX)
     if torch.onnx.is_in_onnx_export():
         steps = amax / E4M3_MAX if isinstance(amax, Tensor) else torch.tensor(amax / E4M3_MAX)
