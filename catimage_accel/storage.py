@@ -21,13 +21,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class _FileFields(Strict):
+class FileChecksum(Strict):
+    """What a file's content has to be."""
+
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     size: Annotated[int, Field(ge=0)]
 
 
 class _ChecksumFields(Strict):
-    files: dict[Annotated[str, Field(pattern=r"^[^/\\][^\\]*$")], _FileFields]
+    files: dict[Annotated[str, Field(pattern=r"^[^/\\][^\\]*$")], FileChecksum]
 
 
 Model = TypeVar("Model", bound=Strict)
@@ -98,7 +100,7 @@ def verify_files(folder: Path) -> None:
         if (size := file.stat().st_size) != expected.size:
             state = "truncated" if size < expected.size else "changed"
             raise ValueError(f"{file} is {state}: it has {size} bytes, {CHECKSUMS_FILE} says {expected.size}")
-        if (digest := _digest(file)) != expected.sha256:
+        if (digest := file_sha256(file)) != expected.sha256:
             raise ValueError(f"{file} was changed: its sha256 is {digest}, {CHECKSUMS_FILE} says {expected.sha256}")
 
 
@@ -109,10 +111,11 @@ def write_checksums(folder: Path) -> None:
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
         if path.is_file() and not hidden and name.as_posix() != CHECKSUMS_FILE:
-            files[name.as_posix()] = {"sha256": _digest(path), "size": path.stat().st_size}
+            files[name.as_posix()] = {"sha256": file_sha256(path), "size": path.stat().st_size}
     write_atomic(folder / CHECKSUMS_FILE, (json.dumps({"files": files}, indent=1) + "\n").encode())
 
 
-def _digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

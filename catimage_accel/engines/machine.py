@@ -1,0 +1,49 @@
+"""What a built engine can run on: the names of a device's instruction set, and of the system."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from catimage_accel.kernels.device import device_name
+
+__all__ = ["device_key", "os_key"]
+
+# What compiled code chooses between, as /proc/cpuinfo calls it: x86-64, then AArch64.
+_INSTRUCTION_SETS = (
+    "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8", "avx_ne_convert",
+    "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "avx10_2",
+    "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm", "svebf16", "sme",
+)  # fmt: skip
+
+
+def device_key(device: torch.device) -> str:
+    """What an engine built for ``device`` depends on.
+
+    "sm_90" for a CUDA device; for the processor "cpu: " with its name and those of its instruction sets that compiled
+    code may use.
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return " ".join([f"{device.type}: {device_name(device)}", *_instruction_sets()])
+
+
+def os_key() -> str:
+    """The system and its architecture: "linux x86_64"."""
+    return f"{platform.system()} {platform.machine()}".lower()
+
+
+@cache
+def _instruction_sets() -> tuple[str, ...]:
+    """Those of ``_INSTRUCTION_SETS`` that the processor has; where the system doesn't tell, the one torch found."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return (torch.backends.cpu.get_cpu_capability().lower(),)
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").partition(":")[2].split()
+    return tuple(name for name in _INSTRUCTION_SETS if name in flags)
