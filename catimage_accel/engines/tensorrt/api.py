@@ -24,7 +24,7 @@ _OLDEST = {"tensorrt": 10, "tensorrt_rtx": 1}
 class Library:
     """One of the libraries; imported at the first use of anything but its names.
 
-    ``name`` is the engine's name and the pip extra, ``package`` what is imported. ``builds_without_gpu``: TensorRT-RTX
+    ``name`` is the engine's name and the pip extra, ``package`` what is imported. ``ahead_of_time``: TensorRT-RTX
     compiles ahead of time for a range of devices and finishes on the device, where TensorRT measures on the device
     that is to run. So TensorRT has a timing cache to keep, and TensorRT-RTX none: asking for one makes it look for a
     device. TensorRT-RTX captures CUDA graphs by itself, and again when shapes or addresses change.
@@ -33,7 +33,7 @@ class Library:
     name: str
     title: str
     package: str
-    builds_without_gpu: bool
+    ahead_of_time: bool
 
     @property
     def installed(self) -> bool:
@@ -75,7 +75,7 @@ class Library:
         """An execution context that holds memory for its own profile only, None if there is too little."""
         trt = self.load()
         strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        if not self.builds_without_gpu:
+        if not self.ahead_of_time:
             return engine.create_execution_context(strategy)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
@@ -92,8 +92,8 @@ class Library:
         try:
             return _DTYPES[dtype.name]
         except KeyError:
-            raise EngineUnavailable(f"{self.title} wants a tensor of type {dtype.name}, which is not in use here") from None
+            raise EngineUnavailable(f"{self.title} wants a tensor of type {dtype.name}, which torch has not") from None
 
 
-TENSORRT = Library("tensorrt", "TensorRT", "tensorrt", builds_without_gpu=False)
-TENSORRT_RTX = Library("tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", builds_without_gpu=True)
+TENSORRT = Library("tensorrt", "TensorRT", "tensorrt", ahead_of_time=False)
+TENSORRT_RTX = Library("tensorrt-rtx", "TensorRT-RTX", "tensorrt_rtx", ahead_of_time=True)

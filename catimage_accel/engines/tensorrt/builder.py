@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from catimage_accel.engines.components import ShapeProfile
 from catimage_accel.engines.tensorrt.api import Library
+from catimage_accel.engines.tensorrt.cuda import current
 from catimage_accel.engines.tensorrt.layers import LayerTable
 from catimage_accel.engines.tensorrt.log import Log, listener
 from catimage_accel.engines.tensorrt.progress import Progress, progress_monitor
+from catimage_accel.engines.tensorrt.shapes import input_shape
 from catimage_accel.engines.unavailable import EngineUnavailable
 from catimage_accel.storage import write_atomic
 
@@ -32,25 +35,23 @@ class Built:
 def build_engine(
     library: Library,
     onnx: Path,
-    shapes: Sequence[Mapping[str, tuple[int, ...]]],
+    profile: ShapeProfile,
     *,
     device: torch.device,
-    refit: bool = False,
     timing_cache: Path | None = None,
     advance: Callable[[str, float], None] = lambda *_: None,
 ) -> Built:
-    """Builds the engine of ``onnx``, with one optimization profile for each entry of ``shapes`` (input -> shape).
+    """Builds the engine of ``onnx``, with one optimization profile for each batch size of ``profile``.
 
-    A profile holds for exactly its shapes, so that every batch size gets kernels of its own. Everything is computed in
-    the types that the file names; float32 is never rounded to TF32. ``refit`` keeps the weights replaceable.
-    ``timing_cache``, where the library measures, is read before and extended after. ``advance`` gets the phase and the
-    share done, 0 to 1. Raises EngineUnavailable in one line if the file can't be parsed or built, and ValueError for
-    shapes that lack an input or don't fit it.
+    An optimization profile holds for exactly its shapes, so that every batch size gets kernels of its own. Everything
+    is computed in the types that the file names; float32 is never rounded to TF32. ``timing_cache``, where the library
+    measures, is read before and extended after. ``advance`` gets the phase and the share done, 0 to 1. Raises
+    EngineUnavailable in one line if the file can't be parsed or built, ValueError if its inputs don't fit ``profile``.
     """
     trt = library.load()
     log, progress = Log(), Progress(advance)
     logger, monitor = listener(trt, log), progress_monitor(trt, progress)
-    with _current(device):
+    with current(device):
         builder = trt.Builder(logger)
         network = library.create_network(builder)
         _parse(library, network, logger, onnx, log)
@@ -58,11 +59,9 @@ def build_engine(
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.progress_monitor = monitor
         config.clear_flag(trt.BuilderFlag.TF32)
-        if refit:
-            config.set_flag(trt.BuilderFlag.REFIT)
         _target(library, config, device)
-        for profile in shapes:
-            _add_profile(builder, network, config, profile)
+        for rows in profile.rows:
+            _add_profile(builder, network, config, profile, rows)
         with _timing_cache(library, config, timing_cache):
             plan = builder.build_serialized_network(network, config)
     if progress.interrupted:
@@ -92,7 +91,7 @@ def _parse(library: Library, network: Any, logger: Any, onnx: Path, log: Log) ->
 def _target(library: Library, config: Any, device: torch.device) -> None:
     """What to build for, and how much memory trying kernels out may take."""
     trt = library.load()
-    if library.builds_without_gpu:
+    if library.ahead_of_time:
         # By default for Ampere and all later ones at once; an older device has to be named.
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             config.num_compute_capabilities = 1
@@ -103,25 +102,23 @@ def _target(library: Library, config: Any, device: torch.device) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, free // 2)
 
 
-def _add_profile(builder: Any, network: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    profile = builder.create_optimization_profile()
+def _add_profile(builder: Any, network: Any, config: Any, profile: ShapeProfile, rows: int) -> None:
+    exact = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         known = tuple(tensor.shape)
-        if tensor.name not in shapes:
-            raise ValueError(f"shapes has {', '.join(sorted(shapes))}; accepted: a shape for {tensor.name!r} too")
-        shape = shapes[tensor.name]
-        if len(shape) != len(known) or any(size not in (-1, own) for size, own in zip(known, shape, strict=True)):
-            raise ValueError(f"the shape of {tensor.name!r} is {shape}; accepted: {known}, -1 being any size")
-        profile.set_shape(tensor.name, shape, shape, shape)
-    if config.add_optimization_profile(profile) < 0:
-        raise ValueError(f"the shapes {dict(shapes)} make no optimization profile of this network")
+        shape = input_shape(tensor.name, known, profile, rows)
+        if any(own not in (-1, size) for own, size in zip(known, shape, strict=True)):
+            raise ValueError(f"{tensor.name} is {known} in the file and {shape} in {profile}; -1 is any size")
+        exact.set_shape(tensor.name, shape, shape, shape)
+    if config.add_optimization_profile(exact) < 0:
+        raise ValueError(f"{profile} makes no optimization profile for the file's inputs")
 
 
 @contextlib.contextmanager
 def _timing_cache(library: Library, config: Any, path: Path | None) -> Iterator[None]:
     """Measured kernels, shared by the builds of a version on a device."""
-    if library.builds_without_gpu or path is None:
+    if library.ahead_of_time or path is None:
         yield
         return
     cache = config.create_timing_cache(_read(path))
@@ -138,8 +135,3 @@ def _timing_cache(library: Library, config: Any, path: Path | None) -> Iterator[
 
 def _read(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The libraries build, load and allocate on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

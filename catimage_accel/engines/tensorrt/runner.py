@@ -1,0 +1,161 @@
+"""One component in TensorRT or TensorRT-RTX: built once, loaded once, run at the batch sizes of its profile."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from catimage_accel.engines.cache import CacheEntry, EngineCache, EngineKey
+from catimage_accel.engines.components import Component, ShapeProfile
+from catimage_accel.engines.machine import device_key, os_key
+from catimage_accel.engines.onnx_export import export
+from catimage_accel.engines.tensorrt.api import Library
+from catimage_accel.engines.tensorrt.builder import build_engine
+from catimage_accel.engines.tensorrt.cuda import Lane, current
+from catimage_accel.engines.tensorrt.execution import Bucket
+from catimage_accel.engines.tensorrt.layers import Layer, layers_of_inspector
+from catimage_accel.engines.tensorrt.log import Log, listener
+from catimage_accel.engines.tensorrt.shapes import check_inputs
+from catimage_accel.engines.unavailable import EngineUnavailable
+from catimage_accel.kernels.device import device_name
+from catimage_accel.storage import write_atomic
+
+__all__ = ["ENGINE_FILE", "TensorRTRunner"]
+
+ENGINE_FILE = "engine.plan"
+_ONNX_FILE = "model.onnx"
+
+
+class TensorRTRunner:
+    """See :class:`~catimage_accel.engines.runner.Runner`. One engine covers all batch sizes of the profile.
+
+    Its cache key names the ONNX file, and so the weights: other weights, a merged LoRA for one, are another engine.
+    """
+
+    def __init__(
+        self, library: Library, component: Component, profile: ShapeProfile, cache: EngineCache, device: torch.device
+    ) -> None:
+        self.library, self.component, self.profile = library, component, profile
+        self.cache, self.device = cache, device
+        self._loaded: _Loaded | None = None
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs on the device, in the types of the graph; work is enqueued on the caller's stream, no host copy.
+
+        Inputs are on the device, in any type. See :meth:`Runner.__call__` for what is raised.
+        """
+        rows, index = check_inputs(inputs, self.profile)
+        for name, value in inputs.items():
+            if value.device.type != self.device.type:
+                raise ValueError(f"{name} is on {value.device}; accepted: {self.device}")
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded.run(inputs, rows, index)
+
+    def build(
+        self,
+        advance: Callable[[str], None] = lambda _: None,
+        progress: Callable[[str, float], None] = lambda *_: None,
+    ) -> list[CacheEntry]:
+        """As :meth:`Runner.build`; ``progress`` is told the phase of the build and the share done, 0 to 1."""
+        entry = self._entry(progress)
+        advance(self.component.name)
+        return [entry]
+
+    def _entry(self, progress: Callable[[str, float], None] = lambda *_: None) -> CacheEntry:
+        onnx = export(self.component, self.cache)
+        return self.cache.get_or_build(self._key(onnx), lambda folder: self._build(onnx, folder, progress))
+
+    def _key(self, onnx: CacheEntry) -> EngineKey:
+        profile = self.profile
+        shapes = (
+            f"rows={'+'.join(map(str, profile.rows))},height={profile.height},width={profile.width},"
+            f"tokens={profile.tokens}"
+        )
+        return replace(
+            onnx.key, profile=shapes, runtime=self.library.name, runtime_version=self.library.version(),
+            device=self._device_key(), os=os_key(), options=(("onnx", onnx.key.digest),),
+        )  # fmt: skip
+
+    def _device_key(self) -> str:
+        """What the engine can run on: one kind of device for TensorRT, a range of them for TensorRT-RTX."""
+        if not self.library.ahead_of_time:
+            return f"{device_key(self.device)} {device_name(self.device)}"
+        turing = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 0)
+        return device_key(self.device) if turing else "sm_80 and later"
+
+    def _build(self, onnx: CacheEntry, folder: Path, progress: Callable[[str, float], None]) -> None:
+        if not self.library.ahead_of_time and self.device.type != "cuda":
+            raise EngineUnavailable(
+                f"{self.library.title} builds on the CUDA device that is to run the engine, and the device is "
+                f"{self.device}; build on a machine with one, or with engine 'tensorrt-rtx'"
+            )
+        times = self.cache.folder / "tensorrt" / f"{self._device_key()} {self.library.version()}.timing"
+        built = build_engine(
+            self.library, onnx.folder / _ONNX_FILE, self.profile, device=self.device, timing_cache=times,
+            advance=progress,
+        )  # fmt: skip
+        write_atomic(folder / ENGINE_FILE, built.plan)
+        table = built.table
+        if not self.library.ahead_of_time:
+            with current(self.device):
+                table = replace(table, source="inspector", layers=_inspect(self.library, built.plan))
+        table.save(folder)
+
+    def _load(self) -> _Loaded:
+        """The engine, built if need be; one that is whole but not for this device or version is built again, once."""
+        lane = Lane(self.device)
+        entry = self._entry()
+        with contextlib.suppress(_NotLoadable):
+            return _Loaded(self.library, entry.folder / ENGINE_FILE, lane)
+        warnings.warn(
+            f"the {self.component.name} for {self.library.name} in the engine cache does not load here and is built "
+            f"again ({entry.folder})", UserWarning, stacklevel=3,
+        )  # fmt: skip
+        self.cache.discard(entry.key)
+        return _Loaded(self.library, self._entry().folder / ENGINE_FILE, lane)
+
+
+class _NotLoadable(EngineUnavailable):
+    """A serialized engine that this library refuses on this device."""
+
+
+class _Loaded:
+    """A deserialized engine with a bucket for each batch size in use."""
+
+    def __init__(self, library: Library, plan: Path, lane: Lane) -> None:
+        self._library, self._lane, self._log = library, lane, Log()
+        with current(lane.device):
+            self._engine, self._alive = _deserialize(library, plan.read_bytes(), self._log)
+        self._buckets: dict[int, Bucket] = {}
+
+    def run(self, inputs: Mapping[str, Tensor], rows: int, index: int) -> dict[str, Tensor]:
+        with self._lane.call():
+            if index not in self._buckets:
+                self._buckets[index] = Bucket(self._library, self._engine, index, self._lane, self._log)
+            return self._buckets[index].run(inputs, rows)
+
+
+def _deserialize(library: Library, plan: bytes, log: Log) -> tuple[Any, tuple[Any, ...]]:
+    """The engine, and what has to live as long as it does."""
+    trt = library.load()
+    logger = listener(trt, log)
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise _NotLoadable(f"{library.title} {library.version()} can't load the engine: {log.reason()}")
+    return engine, (logger, runtime)
+
+
+def _inspect(library: Library, plan: bytes) -> tuple[Layer, ...]:
+    trt = library.load()
+    engine, _alive = _deserialize(library, plan, Log())
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return tuple(layers_of_inspector(text))
