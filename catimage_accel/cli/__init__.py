@@ -59,7 +59,7 @@ def root(
     """Draw every prompt with the cheapest candidate that draws it well."""
 
 
-from catimage_accel.cli import bench, candidates, draw, profile, router  # noqa: E402
+from catimage_accel.cli import bench, candidates, draw, engine, profile, router  # noqa: E402
 
 app.command("generate")(draw.generate)
 app.command("demo")(draw.demo)
@@ -67,3 +67,4 @@ app.command("candidates")(candidates.list_candidates)
 app.command("profile")(profile.profile)
 app.add_typer(router.app, name="router")
 app.add_typer(bench.app, name="bench")
+app.add_typer(engine.app, name="engine")

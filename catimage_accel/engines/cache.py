@@ -40,10 +40,9 @@ __all__ = ["CacheEntry", "EngineCache", "EngineKey"]
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _HIDDEN = re.compile(r"\.(?:building|removed)-([0-9a-f]{64})-[0-9a-f]{8}")
 _LOCKS = ".locks"
-_THERE = (errno.EEXIST, errno.ENOTEMPTY)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-_DAMAGE = (ValueError, OSError)
+_DAMAGE = (ValueError, FileNotFoundError)
 
 _hashed: dict[Path, tuple[Any, ...]] = {}  # what this process has hashed, shared by all caches over a folder
 _log = logging.getLogger(__name__)
@@ -73,9 +72,9 @@ class EngineCache:
         is removed with one UserWarning that says what was wrong with it. What ``build`` raises is raised, and nothing
         of it stays; :class:`EngineUnavailable` if the disk is full or ``folder`` can't be written.
         """
-        if (entry := self.find(key)) is not None:
-            return entry
         try:
+            if (entry := self.find(key)) is not None:
+                return entry
             with self.held(key):
                 entry = self._checked(key) or self._built(key, build)
         except OSError as error:
@@ -121,9 +120,13 @@ class EngineCache:
         """All entries whose record can be read, last used first; their files are not looked at."""
         found = []
         for folder in self._folders():
-            with suppress(*_DAMAGE):
+            with suppress(ValueError, OSError):
                 found.append(read_entry(folder))
         return sorted(found, key=lambda entry: entry.last_used, reverse=True)
+
+    def disk_bytes(self) -> int:
+        """What the folder takes, leftovers and damaged entries included."""
+        return _bytes(self.folder)
 
     def verify(self) -> list[str]:
         """Hashes every file of every entry; one line, which starts with its digest, for each that is not whole."""
@@ -131,8 +134,8 @@ class EngineCache:
         for folder in self._folders():
             try:
                 check_files(folder, read_record(folder), {})
-            except _DAMAGE as error:
-                if folder.is_dir():
+            except (ValueError, OSError) as error:
+                if os.path.lexists(folder):
                     problems.append(f"{folder.name}: {error}")
         return problems
 
@@ -176,14 +179,9 @@ class EngineCache:
             start = time.perf_counter()
             build(hidden)
             seal(hidden, key, time.perf_counter() - start)
-            try:
-                os.rename(hidden, folder)
-            except OSError as error:  # where the locks of a network folder lock nothing, another may have been faster
-                if error.errno not in _THERE or (entry := self.find(key)) is None:
-                    raise
-                return entry
+            os.rename(hidden, folder)
         finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+            _delete(hidden)
         folder_to_disk(self.folder)
         return read_entry(folder)
 
@@ -199,7 +197,7 @@ class EngineCache:
                 if folder.name == keep:
                     continue
                 entry = None
-                with suppress(*_DAMAGE):
+                with suppress(ValueError, OSError):
                     entry = read_entry(folder)
                 with suppress(Timeout), self._lock(folder.name).acquire(timeout=0):
                     self._discard(folder)
@@ -212,16 +210,16 @@ class EngineCache:
         for path in self.folder.iterdir():
             if match := _HIDDEN.fullmatch(path.name):
                 if match[1] == mine:
-                    shutil.rmtree(path, ignore_errors=True)
+                    _delete(path)
                     continue
                 with suppress(Timeout), self._lock(match[1]).acquire(timeout=0):
-                    shutil.rmtree(path, ignore_errors=True)
+                    _delete(path)
 
     def _discard(self, folder: Path) -> None:
         """Under the folder's lock: renamed first, so that nobody finds half of it."""
         hidden = self.folder / f".removed-{folder.name}-{uuid.uuid4().hex[:8]}"
         os.rename(folder, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        _delete(hidden)
 
     def _lock(self, name: str, is_singleton: bool = False) -> FileLock:
         """The lock of a digest. A singleton lets its thread in again; a plain one tells who holds it, oneself too."""
@@ -248,6 +246,15 @@ class EngineCache:
         if error.errno == errno.ENOLCK:
             return f"{self.folder} can't be locked ({error.strerror}); set CATIMAGE_ENGINE_CACHE to a local folder"
         return None
+
+
+def _delete(path: Path) -> None:
+    """Removes a hidden folder as far as it can be; what stays is a leftover to the next build."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _last_used(folder: Path) -> float:
