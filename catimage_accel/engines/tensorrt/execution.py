@@ -75,7 +75,14 @@ class Bucket:
         return self._replay is not None
 
     def run(self, inputs: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-        """The outputs, each of ``rows`` rows, in memory that no later call touches; copied on the device only."""
+        """The outputs, each of ``rows`` rows, in memory that no later call touches; copied on the device only.
+
+        ValueError for inputs that are not the graph's.
+        """
+        wanted = {name: (rows, *buffer.shape[1:]) for name, buffer in self.inputs.items()}
+        given = {name: tuple(value.shape) for name, value in inputs.items()}
+        if given != wanted:
+            raise ValueError(f"the inputs are {given}; accepted: {wanted}")
         for name, buffer in self.inputs.items():
             buffer[:rows].copy_(inputs[name])
             if rows < len(buffer):

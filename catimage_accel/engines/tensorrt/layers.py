@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ _LINE = re.compile(
 )
 _TENSOR = re.compile(r"Dimensions: \[(?P<dimensions>[-\d,]*)\].*?Datatype: (?P<type>\w+)")
 _PROFILE = re.compile(r"\[profile (\d+)\]")
+_GRAPH = re.compile(r"^__myl_.*_myl(\d+)_\d+$")  # layers that were fused from others have a number in place of a name
 _TYPES = (
     ("INT8", r"int8\b"), ("FP8", r"fp8|float8|e4m3"), ("BF16", r"bf16|bfloat16"), ("FP16", r"half|fp16|float16"),
     ("FP32", r"fp32|float32|float\b"), ("INT32", r"int32"), ("INT64", r"int64"), ("BOOL", r"bool"),
@@ -44,8 +45,8 @@ class Layer:
 
     @property
     def profile(self) -> int:
-        """The optimization profile that it belongs to, as far as its name tells."""
-        match = _PROFILE.search(self.name)
+        """The optimization profile that it belongs to, as far as its name tells: 0 unless it names another."""
+        match = _PROFILE.search(self.name) or _GRAPH.search(self.name)
         return int(match[1]) if match else 0
 
     @property
@@ -79,7 +80,17 @@ class LayerTable:
         return [layer for layer in found if precision is None or layer.precision == precision]
 
     def save(self, folder: Path) -> None:
-        record = {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+        """Writes layers.json, the inspector's JSON with what it does not tell: Source, QuantizedWeights, Precision."""
+        layers = [
+            {
+                "Name": layer.name, "LayerType": layer.kind, "Precision": layer.precision,
+                "Inputs": [{"Datatype": kind} for kind in layer.inputs],
+                "Outputs": [{"Datatype": kind} for kind in layer.outputs],
+                **({} if layer.weights is None else {"Weights": {"Type": layer.weights}}),
+            }
+            for layer in self.layers
+        ]  # fmt: skip
+        record = {"Source": self.source, "QuantizedWeights": self.quantized_weights, "Layers": layers}
         write_atomic(folder / LAYERS_FILE, (json.dumps(record, indent=1) + "\n").encode())
 
     @classmethod
@@ -88,12 +99,9 @@ class LayerTable:
         path = folder / LAYERS_FILE
         if not path.is_file():
             return None
-        record = json.loads(path.read_text(encoding="utf-8"))
-        layers = tuple(
-            Layer(one["name"], one["kind"], tuple(one["inputs"]), one["weights"], tuple(one["outputs"]))
-            for one in record["layers"]
-        )
-        return cls(record["source"], record["quantized_weights"], layers)
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text)
+        return cls(record["Source"], record["QuantizedWeights"], tuple(layers_of_inspector(text)))
 
 
 def layers_of_log(messages: Iterable[str]) -> list[Layer]:

@@ -50,7 +50,9 @@ class Progress:
 
     def finish(self, name: str) -> None:
         with self._lock:
-            self._phases.pop(name, None)
+            phase = self._phases.pop(name, None)
+            if phase is not None and phase.parent is None and not self._phases:
+                self._advance(name, 1.0)
 
     def _tell(self, name: str) -> None:
         phase: _Phase | None = self._phases[name]

@@ -71,9 +71,10 @@ class TensorRTRunner:
 
     def _entry(self, progress: Callable[[str, float], None] = lambda *_: None) -> CacheEntry:
         onnx = export(self.component, self.cache)
-        return self.cache.get_or_build(self._key(onnx), lambda folder: self._build(onnx, folder, progress))
+        return self.cache.get_or_build(self.key(onnx), lambda folder: self._build(onnx, folder, progress))
 
-    def _key(self, onnx: CacheEntry) -> EngineKey:
+    def key(self, onnx: CacheEntry) -> EngineKey:
+        """The key of the engine of an exported file."""
         profile = self.profile
         shapes = (
             f"rows={'+'.join(map(str, profile.rows))},height={profile.height},width={profile.width},"
