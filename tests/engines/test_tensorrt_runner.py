@@ -262,7 +262,8 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tenso
         library = stand_in(ahead_of_time=True)
         key = EngineKey("m", "unet", "fp32", "", "any", "onnx", "1", "any", "any")
         onnx = CacheEntry(key, tmp_path, 0, datetime.now(UTC), datetime.now(UTC), 0.0)
-        monkeypatch.setattr(runner_module, "export", lambda component, cache: onnx)
+        monkeypatch.setattr(runner_module, "export_key", lambda component, precision: key)
+        monkeypatch.setattr(runner_module, "export", lambda component, cache, high_precision: onnx)
         monkeypatch.setattr(runner_module, "Lane", Lane)
         monkeypatch.setattr(
             runner_module, "build_engine", lambda *_, **__: Built(next(built), LayerTable("log", {}, ()))

@@ -78,9 +78,12 @@ def _parse(library: Library, network: Any, logger: Any, onnx: Path, log: Log) ->
         raise FileNotFoundError(f"{onnx} is missing; an ONNX file is needed")
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(onnx)):
-        return
-    problem = log.reason()
-    if parser.num_errors:
+        if network.num_outputs:
+            return
+        problem = "it has no outputs; accepted: an ONNX file with a graph"
+    elif not parser.num_errors:
+        problem = log.reason()
+    else:
         error = parser.get_error(0)
         node = f"node {error.node_name() or error.node()} ({error.node_operator()}): " if error.node_operator() else ""
         more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""

@@ -15,7 +15,7 @@ from torch import Tensor
 from catimage_accel.engines.cache import CacheEntry, EngineCache, EngineKey
 from catimage_accel.engines.components import Component, ShapeProfile
 from catimage_accel.engines.machine import device_key, os_key
-from catimage_accel.engines.onnx_export import export
+from catimage_accel.engines.onnx_export import MODEL_FILE, export, export_key
 from catimage_accel.engines.tensorrt.api import Library
 from catimage_accel.engines.tensorrt.builder import build_engine
 from catimage_accel.engines.tensorrt.cuda import Lane, current
@@ -30,7 +30,7 @@ from catimage_accel.storage import write_atomic
 __all__ = ["ENGINE_FILE", "TensorRTRunner"]
 
 ENGINE_FILE = "engine.plan"
-_ONNX_FILE = "model.onnx"
+_HIGH_PRECISION = "fp16"  # of the layers that are not quantized, on a CUDA device
 
 
 class TensorRTRunner:
@@ -70,19 +70,19 @@ class TensorRTRunner:
         return [entry]
 
     def _entry(self, progress: Callable[[str, float], None] = lambda *_: None) -> CacheEntry:
-        onnx = export(self.component, self.cache)
-        return self.cache.get_or_build(self.key(onnx), lambda folder: self._build(onnx, folder, progress))
+        return self.cache.get_or_build(self.key, lambda folder: self._build(folder, progress))
 
-    def key(self, onnx: CacheEntry) -> EngineKey:
-        """The key of the engine of an exported file."""
-        profile = self.profile
+    @property
+    def key(self) -> EngineKey:
+        """What the engine is called in the cache."""
+        onnx, profile = export_key(self.component, _HIGH_PRECISION), self.profile
         shapes = (
             f"rows={'+'.join(map(str, profile.rows))},height={profile.height},width={profile.width},"
             f"tokens={profile.tokens}"
         )
         return replace(
-            onnx.key, profile=shapes, runtime=self.library.name, runtime_version=self.library.version(),
-            device=self._device_key(), os=os_key(), options=(("onnx", onnx.key.digest),),
+            onnx, profile=shapes, runtime=self.library.name, runtime_version=self.library.version(),
+            device=self._device_key(), os=os_key(), options=(("onnx", onnx.digest),),
         )  # fmt: skip
 
     def _device_key(self) -> str:
@@ -92,15 +92,16 @@ class TensorRTRunner:
         turing = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 0)
         return device_key(self.device) if turing else "sm_80 and later"
 
-    def _build(self, onnx: CacheEntry, folder: Path, progress: Callable[[str, float], None]) -> None:
+    def _build(self, folder: Path, progress: Callable[[str, float], None]) -> None:
         if not self.library.ahead_of_time and self.device.type != "cuda":
             raise EngineUnavailable(
                 f"{self.library.title} builds on the CUDA device that is to run the engine, and the device is "
                 f"{self.device}; build on a machine with one, or with engine 'tensorrt-rtx'"
             )
+        onnx = export(self.component, self.cache, high_precision=_HIGH_PRECISION)
         times = self.cache.folder / "tensorrt" / f"{self._device_key()} {self.library.version()}.timing"
         built = build_engine(
-            self.library, onnx.folder / _ONNX_FILE, self.profile, device=self.device, timing_cache=times,
+            self.library, onnx.folder / MODEL_FILE, self.profile, device=self.device, timing_cache=times,
             advance=progress,
         )  # fmt: skip
         write_atomic(folder / ENGINE_FILE, built.plan)
