@@ -76,11 +76,11 @@ def check_one_of(**given: Any) -> None:
         raise ValueError(f"{' and '.join(names)} are given; accepted: one of {', '.join(given)}, or none")
 
 
-def check_budget(budget: Any, costs: Mapping[str, float]) -> None:
+def check_budget(budget: Any, costs: Mapping[str, float], unit: str = "GFLOP") -> None:
     cheapest = min(costs, key=lambda name: costs[name])
     if budget is not None and not (_is_real(budget) and math.isfinite(budget) and budget >= costs[cheapest]):
         raise ValueError(
-            f"budget is {budget!r}; accepted: a finite number of at least {costs[cheapest]:.6g} GFLOP an image, "
+            f"budget is {budget!r}; accepted: a finite number of at least {costs[cheapest]:.6g} {unit} an image, "
             f"the cost of the cheapest candidate, {cheapest}"
         )
 

@@ -9,43 +9,22 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tomli_w
 from pydantic import Field
 
+from catimage_accel.candidate import Candidate, CandidateFields, Name
+from catimage_accel.costs import COST_NAMES, CostUnit, Milliseconds, fastest, ranked_engines
 from catimage_accel.storage import Strict, read_json, validated, verify_files, write_atomic, write_checksums
 
 if TYPE_CHECKING:
     from catimage_accel.routing import Ratings, Router, ScoreTable
 
 BUILT_IN = "emoji"
-QUANTIZED_PRECISIONS = ("int8", "fp8")
 CATALOG_FILE, COSTS_FILE, QUALITY_FILE = "catalog.toml", "costs.json", "quality.parquet"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.txt", "*.toml", "*.safetensors", "*.parquet", "*.model"]
-
-Milliseconds = dict[str, dict[str, dict[str, dict[str, Annotated[float, Field(gt=0)]]]]]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80)]
-
-
-class _Options(Strict):
-    deepcache_interval: Annotated[int, Field(ge=1, le=1000)] | None = None
-
-
-class _CandidateFields(Strict):
-    name: Name
-    model: Annotated[str, Field(min_length=1)]
-    steps: Annotated[int, Field(ge=1, le=1000)]
-    sampler: Literal["ddim", "euler", "dpmsolver++"]
-    guidance_scale: Annotated[float, Field(ge=0, le=100)]
-    unet: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "unet"
-    engine: Literal[
-        "auto", "eager", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "triton"
-    ] = "auto"
-    precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
-    quantization: Annotated[str, Field(min_length=1)] | None = None
-    options: _Options = _Options()
 
 
 class _CatalogFields(Strict):
@@ -53,48 +32,14 @@ class _CatalogFields(Strict):
     metric: Name = "clip_score"
     judge: Annotated[str, Field(min_length=1)] | None = None
     tradeoff: Annotated[float, Field(ge=0)] = 0.0
-    candidate: Annotated[list[_CandidateFields], Field(min_length=1)]
+    cost: CostUnit = "gflop"
+    cost_device: Annotated[str, Field(min_length=1)] | None = None
+    candidate: Annotated[list[CandidateFields], Field(min_length=1)]
 
 
 class _CostFields(Strict):
     flops: dict[str, Annotated[int, Field(gt=0)]]
     milliseconds: Milliseconds = Field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to turn a prompt into an image.
-
-    ``model`` is a diffusers folder, relative to the catalog's folder or absolute, or a hub id; ``unet`` the subfolder
-    of it with this candidate's UNet. ``steps`` is 1 to 1000; ``guidance_scale`` 0 to 100, and up to 1 means none (one
-    UNet row an image). ``engine`` "auto" is the one measured fastest, "eager" where none was measured. ``precision``
-    "int8" and "fp8" need ``quantization``, a folder that `catimage quantize` wrote, relative to the catalog's folder or
-    absolute. ``options``: ``deepcache_interval`` (int, the UNet's deep features are recomputed every so many steps).
-    Any other value raises ValueError.
-    """
-
-    name: str
-    model: str
-    steps: int
-    sampler: str
-    guidance_scale: float
-    unet: str = "unet"
-    engine: str = "auto"
-    precision: str = "fp32"
-    quantization: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        values = {**{key: getattr(self, key) for key in _CandidateFields.model_fields}, "options": dict(self.options)}
-        fields = validated(_CandidateFields, values, f"candidate {self.name!r}")
-        quantized = self.precision in QUANTIZED_PRECISIONS
-        if quantized != (self.quantization is not None):
-            raise ValueError(
-                f"candidate {self.name!r}: precision is {self.precision!r} and quantization {self.quantization!r}; "
-                f"accepted: a folder that `catimage quantize` wrote with {' or '.join(QUANTIZED_PRECISIONS)}, none else"
-            )
-        object.__setattr__(self, "guidance_scale", float(fields.guidance_scale))
-        object.__setattr__(self, "options", values["options"])
 
 
 @dataclass(frozen=True)
@@ -105,7 +50,8 @@ class Catalog:
     ``milliseconds`` [device][engine][candidate][batch size] the time an image; both empty before `catimage profile`.
     ``judge`` is the CLIP that scores pictures by ``metric``: a folder, relative to ``folder`` or absolute, or a hub id.
     ``tradeoff`` is what routing uses unless told otherwise: the quality, in the metric's unit, that one gives up to
-    save the dearest candidate's cost.
+    save the dearest candidate's cost. ``cost`` is what routing weighs: "gflop", or "milliseconds", those measured on
+    ``cost_device`` with each candidate's fastest engine at the largest batch size.
     """
 
     folder: Path
@@ -114,6 +60,8 @@ class Catalog:
     metric: str = "clip_score"
     judge: str | None = None
     tradeoff: float = 0.0
+    cost: CostUnit = "gflop"
+    cost_device: str | None = None
     flops: Mapping[str, int] = field(default_factory=dict, hash=False)
     milliseconds: Milliseconds = field(default_factory=dict, hash=False)
 
@@ -124,6 +72,11 @@ class Catalog:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"candidate name {name!r} occurs {names.count(name)} times; names must differ")
+        if (self.cost == "milliseconds") != (self.cost_device is not None):
+            raise ValueError(
+                f"catalog {self.name!r}: cost is {self.cost!r} and cost_device {self.cost_device!r}; accepted: "
+                "milliseconds with the device they were measured on, gflop without"
+            )
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] = BUILT_IN, *, verify: bool = True) -> Catalog:
@@ -150,7 +103,8 @@ class Catalog:
             catalog = cls(
                 folder, fields.name,
                 tuple(Candidate(**entry.model_dump(exclude_none=True)) for entry in fields.candidate),
-                fields.metric, fields.judge, fields.tradeoff, costs.flops, costs.milliseconds,
+                fields.metric, fields.judge, fields.tradeoff, fields.cost, fields.cost_device, costs.flops,
+                costs.milliseconds,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -165,14 +119,33 @@ class Catalog:
 
     @property
     def costs(self) -> dict[str, float]:
-        """Candidate name -> GFLOP an image: the cost that routing weighs and ``budget`` is given in."""
-        missing = [candidate.name for candidate in self.candidates if candidate.name not in self.flops]
+        """Candidate name -> what an image costs, in GFLOP or milliseconds: what routing weighs and ``budget`` is in."""
+        if self.cost_device is not None:
+            times = {one.name: fastest(self.milliseconds, self.cost_device, one.name) for one in self.candidates}
+            found = {name: next(reversed(by_batch.values()))[1] for name, by_batch in times.items() if by_batch}
+            what, how = f"milliseconds of {self.cost_device}", "catimage engine tune"
+        else:
+            found = {name: flops / 1e9 for name, flops in self.flops.items()}
+            what, how = "flops", "catimage profile"
+        missing = [candidate.name for candidate in self.candidates if candidate.name not in found]
         if missing:
             raise ValueError(
-                f"{self.folder / COSTS_FILE} has no flops for {', '.join(missing)}; "
-                f"measure them with `catimage profile {self.folder}`"
+                f"{self.folder / COSTS_FILE} has no {what} for {', '.join(missing)}; "
+                f"measure them with `{how} {self.folder}`"
             )
-        return {candidate.name: self.flops[candidate.name] / 1e9 for candidate in self.candidates}
+        return {candidate.name: found[candidate.name] for candidate in self.candidates}
+
+    @property
+    def cost_unit(self) -> str:
+        """The unit of ``costs``: "GFLOP" or "ms"."""
+        return COST_NAMES[self.cost]
+
+    def engines_for(self, candidate: Candidate, device: str) -> tuple[str, ...]:
+        """The engines to run ``candidate`` with, best first: its own, or as measured on ``device``."""
+        if candidate.engine != "auto":
+            return (candidate.engine,)
+        alike = [one.name for one in self.candidates if one.weights == candidate.weights]
+        return ranked_engines(self.milliseconds, device, alike) or ("eager",)
 
     def candidate(self, name: str) -> Candidate:
         """The candidate of that name; ValueError lists the names there are."""
@@ -247,8 +220,8 @@ class Catalog:
                 for candidate in self.candidates
             ),
         )  # fmt: skip
-        header = {"name": copy.name, "metric": copy.metric, "judge": copy.judge, "tradeoff": copy.tradeoff}
-        header = {key: value for key, value in header.items() if value is not None}
+        header = {key: getattr(copy, key) for key in ("name", "metric", "judge", "tradeoff", "cost", "cost_device")}
+        header = {key: value for key, value in header.items() if value not in (None, "gflop")}
         entries = [
             {key: value for key, value in asdict(one).items() if value not in ({}, None)} for one in copy.candidates
         ]

@@ -69,7 +69,7 @@ class Chooser:
         if pacer is not None:
             pacer.check_costs(array)
         else:
-            check_budget(policy.budget, costs)
+            check_budget(policy.budget, costs, self.catalog.cost_unit)
         if policy.candidate is not None:
             fixed = self.catalog.candidate(policy.candidate)
             if not (self.catalog.folder / "router").is_dir():
@@ -101,6 +101,6 @@ class Chooser:
         """As ``RoutedPipeline.pacer``."""
         from catimage_accel.routing import BudgetPacer
 
-        check_budget(budget, self.catalog.costs)
+        check_budget(budget, self.catalog.costs, self.catalog.cost_unit)
         quality = self.router().predict(self.catalog.ratings().prompts)
         return BudgetPacer(quality, np.array(list(self.catalog.costs.values())), budget, horizon=horizon)

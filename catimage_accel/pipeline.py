@@ -18,7 +18,8 @@ from catimage_accel.arguments import check_prompts, find_device, generators_for,
 from catimage_accel.catalog import BUILT_IN, Candidate, Catalog
 from catimage_accel.choosing import Chooser, Policy
 from catimage_accel.engines.loading import read_config
-from catimage_accel.executor import Executor, Finished, Job, Step
+from catimage_accel.executor import Finished, Job, Step
+from catimage_accel.profiling import catalog_executor
 
 if TYPE_CHECKING:
     from catimage_accel.routing import BudgetPacer
@@ -32,8 +33,8 @@ class Route:
     """Who drew one image, and why.
 
     ``predicted_quality`` maps every candidate to the catalog's metric as predicted from the prompt (empty if the
-    catalog has no router); ``cost`` is the candidate's GFLOP an image; ``milliseconds`` the time from the image's
-    first step to its decoded end, other images sharing the device meanwhile (0 before it is drawn).
+    catalog has no router); ``cost`` is an image's, in the catalog's ``cost_unit``; ``milliseconds`` the time from the
+    image's first step to its decoded end, other images sharing the device meanwhile (0 before it is drawn).
     """
 
     prompt: str
@@ -79,7 +80,7 @@ class RoutedPipeline:
     def __init__(self, catalog: Catalog, device: str | torch.device | None = None, *, max_batch: int = 16) -> None:
         self.catalog = catalog
         self.device = find_device(device)
-        self._executor = Executor(max_batch=max_batch, device=self.device, resolve_model=catalog.resolve_model)
+        self._executor = catalog_executor(catalog, self.device, max_batch=max_batch)
         self._chooser = Chooser(catalog)
         self._progress_bar: dict[str, Any] = {}
 
@@ -145,8 +146,8 @@ class RoutedPipeline:
             tradeoff: Quality, in the catalog's metric, given up to save the dearest candidate's cost: finite, >= 0.
                 At most one of this, ``budget``, ``min_quality`` and ``candidate`` is given; none of them means the
                 catalog's own tradeoff.
-            budget: Mean cost an image, in GFLOP: at least the cheapest candidate's. Or a ``pacer``, which keeps the
-                mean of all calls that it is given to.
+            budget: Mean cost an image, in the catalog's ``cost_unit``: at least the cheapest candidate's. Or a
+                ``pacer``, which keeps the mean of all calls that it is given to.
             min_quality: The predicted quality, in the catalog's metric, to draw each prompt with at the lowest cost;
                 where no candidate reaches it, the best predicted one draws.
             candidate: Draw everything with the candidate of this name, without routing.

@@ -52,6 +52,14 @@ def profiled_device(device: torch.device) -> str:
     return device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
 
 
+def catalog_executor(catalog: Catalog, device: torch.device, *, max_batch: int = 16) -> Executor:
+    """An executor for ``catalog``'s candidates, each with the engine measured fastest on ``device``."""
+    return Executor(
+        max_batch=max_batch, device=device, resolve_model=catalog.resolve_model,
+        rank_engines=lambda candidate: catalog.engines_for(candidate, profiled_device(device)),
+    )  # fmt: skip
+
+
 def _count(module: Any, *inputs: Any, **named: Any) -> FlopCounterMode:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs, **named)
@@ -123,8 +131,7 @@ def time_candidates(
     found: dict[str, dict[str, float]] = {}
     for candidate in catalog.candidates:
         alike = (
-            candidate.model, candidate.unet, candidate.engine, candidate.precision, candidate.guidance_scale > 1,
-            tuple(sorted(candidate.options.items())),
+            candidate.weights, candidate.engine, candidate.guidance_scale > 1, tuple(sorted(candidate.options.items())),
         )  # fmt: skip
         if alike not in measured:
             interval = candidate.options.get("deepcache_interval", 1)

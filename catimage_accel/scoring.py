@@ -108,10 +108,11 @@ def drawing_seconds(catalog: Catalog, executor: Executor, images: Mapping[str, i
 
     By the time an image at the largest batch size measured that the executor may use.
     """
-    engines = catalog.milliseconds.get(profiled_device(executor.device), {})
+    device = profiled_device(executor.device)
+    engines = catalog.milliseconds.get(device, {})
     total = 0.0
     for name, number in images.items():
-        times = engines.get(catalog.candidate(name).engine, {}).get(name)
+        times = engines.get(catalog.engines_for(catalog.candidate(name), device)[0], {}).get(name)
         if not times:
             return None
         sizes = sorted(int(size) for size in times)
@@ -170,7 +171,7 @@ class _Scores:
                     f"accepted: that model, or a file without those scores"
                 )
         self.models = scored_by | self.models
-        drawn_as = json.loads(metadata.get(_DEFINITIONS, b"{}"))
+        drawn_as = {name: _drawing(fields) for name, fields in json.loads(metadata.get(_DEFINITIONS, b"{}")).items()}
         for row in stored.to_pylist():
             name = row["candidate"]
             if name in self.definitions and drawn_as.get(name, self.definitions[name]) == self.definitions[name]:
@@ -198,4 +199,9 @@ class _Scores:
 
 
 def _definition(candidate: Candidate) -> dict[str, Any]:
-    return {key: value for key, value in asdict(candidate).items() if key != "name"}
+    return _drawing(asdict(candidate))
+
+
+def _drawing(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a candidate's fields the picture depends on: an engine changes it by no more than rounding."""
+    return {key: value for key, value in fields.items() if key not in ("name", "engine") and value is not None}

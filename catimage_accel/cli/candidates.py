@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from catimage_accel.catalog import BUILT_IN, QUALITY_FILE, Catalog, Milliseconds
+from catimage_accel.catalog import BUILT_IN, QUALITY_FILE, Catalog
 from catimage_accel.cli.console import results
+from catimage_accel.costs import Milliseconds, fastest
 
 
 def list_candidates(
@@ -28,7 +29,7 @@ def list_candidates(
             "precision": candidate.precision, "options": dict(candidate.options),
             "gflop": loaded.flops[candidate.name] / 1e9 if candidate.name in loaded.flops else None,
             "quality": qualities.get(candidate.name),
-            "milliseconds": _milliseconds(loaded.milliseconds, candidate.engine, candidate.name),
+            "milliseconds": _milliseconds(loaded.milliseconds, candidate.name),
         }
         for candidate in loaded.candidates
     ]  # fmt: skip
@@ -51,14 +52,23 @@ def list_candidates(
             str(row["steps"]), f"{row['guidance_scale']:g}",
             "-" if row["gflop"] is None else f"{row['gflop']:.3g}",
             "-" if row["quality"] is None else f"{row['quality']:.4f}",
-            "; ".join(
-                f"{device}: " + ", ".join(f"{value:.0f} at {batch}" for batch, value in times.items())
-                for device, times in row["milliseconds"].items()
-            ),
+            "; ".join(f"{device}: {_times(times)}" for device, times in row["milliseconds"].items()),
         )  # fmt: skip
     results().print(table)
 
 
-def _milliseconds(measured: Milliseconds, engine: str, name: str) -> dict[str, dict[str, float]]:
-    """Device -> batch size -> milliseconds an image, where measured."""
-    return {device: engines[engine][name] for device, engines in measured.items() if name in engines.get(engine, {})}
+def _times(times: dict[str, dict[str, Any]]) -> str:
+    engines = "/".join(dict.fromkeys(one["engine"] for one in times.values()))
+    return ", ".join(f"{one['milliseconds']:.0f} at {batch}" for batch, one in times.items()) + f" ({engines})"
+
+
+def _milliseconds(measured: Milliseconds, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Device -> batch size -> the fastest engine and its milliseconds an image, where measured."""
+    found = {
+        device: {
+            batch: {"engine": engine, "milliseconds": value}
+            for batch, (engine, value) in fastest(measured, device, name).items()
+        }
+        for device in measured
+    }  # fmt: skip
+    return {device: times for device, times in found.items() if times}

@@ -28,7 +28,7 @@ Tradeoff = Annotated[
     float | None,
     typer.Option(help="Quality, in the catalog's metric, given up to save the dearest candidate's cost; 0 or more."),
 ]
-Budget = Annotated[float | None, typer.Option(help="Mean cost an image, in GFLOP, instead of a tradeoff.")]
+Budget = Annotated[float | None, typer.Option(help="Mean cost an image, in the catalog's unit, instead of a tradeoff.")]
 MinQuality = Annotated[
     float | None,
     typer.Option(help="Draw each prompt with the cheapest candidate that is predicted to reach this quality."),
@@ -157,7 +157,8 @@ class _Run:
         from catimage_accel.storage import write_atomic
 
         pairs = [self.drawn[position] for position in sorted(self.drawn)]
-        notes = [f"{route.candidate}\n{_quality(route)}, {route.cost:.3g} GFLOP" for _, route in pairs]
+        unit = self.pipeline.catalog.cost_unit
+        notes = [f"{route.candidate}\n{_quality(route)}, {route.cost:.3g} {unit}" for _, route in pairs]
         sheet = contact_sheet([image for image, _ in pairs], [route.prompt for _, route in pairs], notes, columns)
         content = io.BytesIO()
         sheet.save(content, "PNG", optimize=True)
@@ -175,7 +176,7 @@ class _Run:
         catalog = self.pipeline.catalog
         costs = catalog.costs
         dearest = max(costs, key=lambda name: costs[name])
-        table = Table(title=f"{len(routes)} pictures with catalog {catalog.name}, cost in GFLOP")
+        table = Table(title=f"{len(routes)} pictures with catalog {catalog.name}, cost in {catalog.cost_unit}")
         for heading in ("candidate", "pictures", "mean predicted quality", "cost an image", "cost"):
             table.add_column(heading, justify="left" if heading == "candidate" else "right")
         for name, cost in sorted(costs.items(), key=lambda item: item[1]):

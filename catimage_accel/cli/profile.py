@@ -59,35 +59,34 @@ def profile(
             raise ValueError(f"prompts is {str(prompts)!r}, which has no prompts; accepted: text, one prompt a line")
 
     with loading(f"catalog {loaded.name}"):
+        from catimage_accel import profiling
         from catimage_accel.arguments import find_device
-        from catimage_accel.executor import Executor
-        from catimage_accel.profiling import BATCH_SIZES, count_flops, profiled_device, time_candidates
 
         found = find_device(device)
-        executor = Executor(max_batch=max_batch, device=found, resolve_model=loaded.resolve_model)
+        executor = profiling.catalog_executor(loaded, found, max_batch=max_batch)
         for candidate in loaded.candidates:
             executor.check(candidate)
         metrics = _metrics(metric or ["clip_score"], loaded, options, found) if texts else []
     with progress_bar() as progress:
         bar = progress.add_task("counting FLOPs", total=len(loaded.candidates))
-        flops = count_flops(loaded, lambda number: progress.advance(bar, number))
+        flops = profiling.count_flops(loaded, lambda number: progress.advance(bar, number))
         milliseconds = json.loads(json.dumps(loaded.milliseconds))
         _write_costs(loaded, flops, milliseconds)
         if timing:
             bar = progress.add_task("timing", total=len(loaded.candidates))
-            timed = time_candidates(
-                loaded, executor, batch or BATCH_SIZES, lambda number: progress.advance(bar, number)
+            timed = profiling.time_candidates(
+                loaded, executor, batch or profiling.BATCH_SIZES, lambda number: progress.advance(bar, number)
             )  # fmt: skip
             for candidate in loaded.candidates:
-                engines = milliseconds.setdefault(profiled_device(found), {})
-                engines.setdefault(candidate.engine, {})[candidate.name] = timed[candidate.name]
+                engines = milliseconds.setdefault(profiling.profiled_device(found), {})
+                engines.setdefault(executor.prepare(candidate)[0].name, {})[candidate.name] = timed[candidate.name]
             _write_costs(loaded, flops, milliseconds)
         if texts:
             from catimage_accel.scoring import score_candidates
 
             def estimate(images: int, seconds: float | None) -> None:
                 time = "how long is told after the first chunk" if seconds is None else f"about {_about(seconds)}"
-                say(f"{images:,} images to draw, {time} on {profiled_device(found)}")
+                say(f"{images:,} images to draw, {time} on {profiling.profiled_device(found)}")
 
             total = len(set(texts)) * len(loaded.candidates) * seeds
             bar = progress.add_task("drawing and scoring", total=total)

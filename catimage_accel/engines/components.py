@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+from catimage_accel.engines.loading import read_config
+from catimage_accel.quantize.quantization import Quantization, weights_sha256
 
 __all__ = ["COMPONENTS", "Component", "ShapeProfile"]
 
@@ -28,6 +34,34 @@ class Component:
     def __post_init__(self) -> None:
         if self.name not in COMPONENTS:
             raise ValueError(f"component is {self.name!r}; accepted: {', '.join(COMPONENTS)}")
+
+    @property
+    def part(self) -> str:
+        """The subfolder of ``model`` that it is made from."""
+        return "vae" if self.name == "vae_decoder" else self.unet
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Of the part's weights and of its config, diffusers' notes on where it came from left out."""
+        config = read_config(self.model / self.part / "config.json")
+        said = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
+        text = f"{weights_sha256(self.model, self.part)} {json.dumps(said, sort_keys=True)}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def scales(self) -> Quantization | None:
+        """The component's quantization, None if it has none.
+
+        Raises FileNotFoundError or ValueError if it can't be read, was made for other weights, or its format is not
+        ``precision``.
+        """
+        if self.quantization is None:
+            return None
+        scales = Quantization.load(self.quantization)
+        if scales.format != self.precision:
+            raise ValueError(f"precision is {self.precision!r}, but {self.quantization} holds {scales.format!r} scales")
+        scales.check_source(self.model, self.unet)
+        return scales
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class EagerEngine:
         """
         from diffusers import UNet2DConditionModel
 
+        self.name = "eager"
         self.device = torch.device(device)
         self.dtype = check_precision(precision, self.device)
         check_model_folder(model, unet)

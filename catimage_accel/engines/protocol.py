@@ -72,6 +72,8 @@ class Engine(Protocol):
     An engine keeps no state between calls that shows in a result, and serves one thread at a time.
     """
 
+    name: str
+    """What a candidate's ``engine`` calls it."""
     device: torch.device
     dtype: torch.dtype
     channels: int

@@ -37,6 +37,10 @@ class Runtime(Protocol):
 
     name: str
     precisions: tuple[str, ...]
+    rows: tuple[int, ...]
+    """Batch sizes to build for; larger batches are run in pieces of the last."""
+    any_size: bool
+    """Whether runners also take heights, widths and tokens other than their profile's, if more slowly."""
 
     def why_not(self, device: torch.device) -> str | None:
         """Why it can't run on ``device``, one line with the remedy; None if it can. Cheap."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class Executor:
         max_batch: int = 16,
         device: torch.device | str | None = None,
         resolve_model: Callable[[str], Path] | None = None,
+        rank_engines: Callable[[Candidate], Sequence[str]] | None = None,
     ) -> None:
         """
         Args:
@@ -53,12 +54,15 @@ class Executor:
             device: Where to run; None: CUDA where there is one, else the CPU.
             resolve_model: Turns a candidate's ``model`` into a folder, e.g. ``Catalog.resolve_model``; None takes it
                 for a path.
+            rank_engines: The engines to try for a candidate, best first, e.g. ``Catalog.engines_for`` on this device;
+                None: the candidate's own, "eager" for "auto". One that can't run here is passed over with a warning.
         """
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch is {max_batch!r}; accepted: a whole number from 1")
         self.max_batch = max_batch
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._resolve_model = resolve_model or Path
+        self._rank_engines = rank_engines or _own_engine
         self._engines = LoadedEngines(self.device)
         self._tables: dict[tuple[Path, str, int], SamplerTable] = {}
         self._prepared: dict[tuple[Any, ...], tuple[Engine, SamplerTable]] = {}
@@ -67,7 +71,7 @@ class Executor:
         """Raises ValueError or FileNotFoundError for a candidate that can't be drawn; reads configs, no weights."""
         model = self._resolve_model(candidate.model)
         self._engines.check(
-            model, candidate.unet, self._ranked(candidate), candidate.precision, self._quantization(candidate)
+            model, candidate.unet, self._rank_engines(candidate), candidate.precision, self._quantization(candidate)
         )
         check_guidance(candidate.guidance_scale)
         for option, value in candidate.options.items():
@@ -88,8 +92,8 @@ class Executor:
             self.check(candidate)
             model = self._resolve_model(candidate.model)
             engine = self._engines.get(
-                model, candidate.unet, self._ranked(candidate), candidate.precision, self._quantization(candidate),
-                deepcache="deepcache_interval" in candidate.options,
+                model, candidate.unet, self._rank_engines(candidate), candidate.precision,
+                self._quantization(candidate), deepcache="deepcache_interval" in candidate.options,
             )  # fmt: skip
             self._prepared[key] = (engine, self._table(model, candidate))
         return self._prepared[key]
@@ -103,10 +107,6 @@ class Executor:
         """
         return Flight(self, jobs, on_step).finished()
 
-    def _ranked(self, candidate: Candidate) -> tuple[str, ...]:
-        """The engines to try, best first."""
-        return ("eager",) if candidate.engine == "auto" else (candidate.engine,)
-
     def _quantization(self, candidate: Candidate) -> Path | None:
         return None if candidate.quantization is None else self._resolve_model(candidate.quantization)
 
@@ -115,3 +115,7 @@ class Executor:
         if key not in self._tables:
             self._tables[key] = sampler_table(candidate.sampler, candidate.steps, read_scheduler_config(model))
         return self._tables[key]
+
+
+def _own_engine(candidate: Candidate) -> tuple[str, ...]:
+    return ("eager",) if candidate.engine == "auto" else (candidate.engine,)

@@ -88,7 +88,8 @@ def evaluate_routers(
         from catimage_accel.routing import plot_curves
 
         shown = {name: each for name, each in found.items() if name not in (*BASELINES, ORACLE)}
-        plot_curves(shown, plot, cost_unit="GFLOP" if loaded else "", quality=loaded.metric if loaded else "score")
+        unit, quality = (loaded.cost_unit, loaded.metric) if loaded else ("", "score")
+        plot_curves(shown, plot, cost_unit=unit, quality=quality)
         say(f"curves drawn in {plot}")
     text = json.dumps({name: json.loads(each.to_json()) for name, each in found.items()}, indent=1)
     if json_file == STANDARD_OUTPUT:

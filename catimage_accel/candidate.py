@@ -1,0 +1,75 @@
+"""A candidate: one way to turn a prompt into an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from catimage_accel.storage import Strict, validated
+
+QUANTIZED_PRECISIONS = ("int8", "fp8")
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80)]
+
+
+class _Options(Strict):
+    deepcache_interval: Annotated[int, Field(ge=1, le=1000)] | None = None
+
+
+class CandidateFields(Strict):
+    name: Name
+    model: Annotated[str, Field(min_length=1)]
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    sampler: Literal["ddim", "euler", "dpmsolver++"]
+    guidance_scale: Annotated[float, Field(ge=0, le=100)]
+    unet: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "unet"
+    engine: Literal[
+        "auto", "eager", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "triton"
+    ] = "auto"
+    precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
+    quantization: Annotated[str, Field(min_length=1)] | None = None
+    options: _Options = _Options()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to turn a prompt into an image.
+
+    ``model`` is a diffusers folder, relative to the catalog's folder or absolute, or a hub id; ``unet`` the subfolder
+    of it with this candidate's UNet. ``steps`` is 1 to 1000; ``guidance_scale`` 0 to 100, and up to 1 means none (one
+    UNet row an image). ``engine`` "auto" is the one measured fastest, "eager" where none was measured. ``precision``
+    "int8" and "fp8" need ``quantization``, a folder that `catimage quantize` wrote, relative to the catalog's folder or
+    absolute. ``options``: ``deepcache_interval`` (int, the UNet's deep features are recomputed every so many steps).
+    Any other value raises ValueError.
+    """
+
+    name: str
+    model: str
+    steps: int
+    sampler: str
+    guidance_scale: float
+    unet: str = "unet"
+    engine: str = "auto"
+    precision: str = "fp32"
+    quantization: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        values = {**{key: getattr(self, key) for key in CandidateFields.model_fields}, "options": dict(self.options)}
+        fields = validated(CandidateFields, values, f"candidate {self.name!r}")
+        quantized = self.precision in QUANTIZED_PRECISIONS
+        if quantized != (self.quantization is not None):
+            raise ValueError(
+                f"candidate {self.name!r}: precision is {self.precision!r} and quantization {self.quantization!r}; "
+                f"accepted: a folder that `catimage quantize` wrote with {' or '.join(QUANTIZED_PRECISIONS)}, none else"
+            )
+        object.__setattr__(self, "guidance_scale", float(fields.guidance_scale))
+        object.__setattr__(self, "options", values["options"])
+
+    @property
+    def weights(self) -> tuple[str, str, str, str | None]:
+        """What tells UNets apart: candidates that are equal in this share engines and batches."""
+        return self.model, self.unet, self.precision, self.quantization

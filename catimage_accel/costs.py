@@ -1,0 +1,58 @@
+"""What was measured of candidates' costs: which engine is the fastest on a device, and what an image then takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+Milliseconds = dict[str, dict[str, dict[str, dict[str, Annotated[float, Field(gt=0)]]]]]
+"""[device][engine][candidate][batch size] -> milliseconds an image."""
+
+CostUnit = Literal["gflop", "milliseconds"]
+COST_NAMES: Mapping[CostUnit, str] = {"gflop": "GFLOP", "milliseconds": "ms"}
+
+
+def ranked_engines(milliseconds: Milliseconds, device: str, candidates: Sequence[str]) -> tuple[str, ...]:
+    """The engines measured on ``device`` for ``candidates``, which share their weights, fastest first.
+
+    By the geometric mean over all pairs of candidate and batch size that every one of these engines has. A processor
+    that was never measured goes by another that was, of any number of threads. Empty where nothing was measured.
+    """
+    engines = milliseconds.get(device) or _like(milliseconds, device)
+    times = {
+        engine: {
+            (name, batch): value for name in candidates for batch, value in found.get(name, {}).items()
+        }
+        for engine, found in engines.items()
+    }  # fmt: skip
+    times = {engine: pairs for engine, pairs in times.items() if pairs}
+    if not times:
+        return ()
+    common = set.intersection(*(set(pairs) for pairs in times.values()))
+    most = common or {pair for pairs in times.values() for pair in pairs}
+
+    def mean(engine: str) -> float:
+        known = [math.log(times[engine][pair]) for pair in most if pair in times[engine]]
+        return sum(known) / len(known)
+
+    return tuple(sorted(times, key=mean))
+
+
+def fastest(milliseconds: Milliseconds, device: str, candidate: str) -> dict[str, tuple[str, float]]:
+    """Batch size -> (engine, milliseconds an image) of the engine that is fastest at it on ``device``."""
+    found: dict[str, tuple[str, float]] = {}
+    for engine, times in milliseconds.get(device, {}).items():
+        for batch, value in times.get(candidate, {}).items():
+            if batch not in found or value < found[batch][1]:
+                found[batch] = engine, value
+    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
+
+def _like(milliseconds: Milliseconds, device: str) -> dict[str, dict[str, dict[str, float]]]:
+    """What the first processor has, if ``device`` is one too: engines keep their order better than their times."""
+    if not device.endswith(" threads"):
+        return {}
+    return next((engines for name, engines in milliseconds.items() if name.endswith(" threads")), {})

@@ -1,0 +1,82 @@
+"""Measures every engine on this machine for every candidate and batch size, for ``catimage engine tune``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from catimage_accel.candidate import Candidate
+from catimage_accel.catalog import Catalog
+from catimage_accel.costs import Milliseconds
+from catimage_accel.engines import EngineUnavailable
+from catimage_accel.executor import Executor
+from catimage_accel.profiling import BATCH_SIZES, profiled_device, time_candidates
+
+__all__ = ["Tuned", "tune_engines"]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """``milliseconds`` [engine][candidate][batch size] an image; ``skipped`` [engine][candidate]: why not measured."""
+
+    milliseconds: dict[str, dict[str, dict[str, float]]]
+    skipped: dict[str, dict[str, str]]
+
+
+def tune_engines(
+    catalog: Catalog,
+    engines: Sequence[str],
+    device: torch.device,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    *,
+    rounds: int = 2,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Tuned:
+    """Times ``catalog``'s candidates with each of ``engines``, in turns, the better of ``rounds``.
+
+    Turns are in an order that changes, so that what else the machine does in a while falls on all alike. An engine that
+    can't run a candidate here is skipped and told; nothing is measured with another in its place. ``advance`` is told
+    how many pairs of engine and candidate are done.
+    """
+    executor = Executor(max_batch=max(batch_sizes), device=device, resolve_model=catalog.resolve_model)
+    tuned = Tuned({}, {})
+    able: dict[tuple[object, ...], list[Candidate]] = {}
+    for engine in engines:
+        for candidate in catalog.candidates:
+            with_engine = replace(candidate, engine=engine)
+            reason = _why_not(executor, with_engine)
+            if reason is None:
+                able.setdefault((engine, candidate.weights), []).append(with_engine)
+            else:
+                tuned.skipped.setdefault(engine, {})[candidate.name] = reason
+                advance(1)
+    order = random.Random(0)
+    for turn in range(rounds):
+        for group in order.sample(list(able.values()), len(able)):
+            known = tuned.milliseconds.setdefault(group[0].engine, {})
+            timed = time_candidates(replace(catalog, candidates=tuple(group)), executor, batch_sizes)
+            for name, times in timed.items():
+                before = known.get(name, times)
+                known[name] = {batch: min(value, before[batch]) for batch, value in times.items()}
+            if turn == rounds - 1:
+                advance(len(group))
+    return tuned
+
+
+def tuned_catalog(catalog: Catalog, tuned: Tuned, device: torch.device) -> Catalog:
+    """``catalog`` with the times of this device, by which routing now weighs costs."""
+    name = profiled_device(device)
+    milliseconds: Milliseconds = {**catalog.milliseconds, name: tuned.milliseconds}
+    return replace(catalog, milliseconds=milliseconds, cost="milliseconds", cost_device=name)
+
+
+def _why_not(executor: Executor, candidate: Candidate) -> str | None:
+    """Why ``candidate.engine`` can't run the candidate here; None if it can, and is loaded."""
+    try:
+        engine, _ = executor.prepare(candidate)
+    except (EngineUnavailable, ValueError) as error:
+        return str(error)
+    return None if engine.name == candidate.engine else f"{engine.name} ran in its place"
