@@ -6,8 +6,10 @@ import typer
 
 from catimage_accel.cli.engine.entries import list_entries, prune, verify
 from catimage_accel.cli.engine.inspect import inspect
+from catimage_accel.cli.engine.tune import tune
 
-app = typer.Typer(help="See, check and throw away built engines.", no_args_is_help=True)
+app = typer.Typer(help="Build, measure, see, check and throw away engines.", no_args_is_help=True)
+app.command()(tune)
 app.command("list")(list_entries)
 app.command()(inspect)
 app.command()(verify)

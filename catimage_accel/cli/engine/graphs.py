@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The words of TensorRT's descriptions of formats ("Row major linear FP16 format"), most particular first.
+# The words for types in TensorRT's formats: "Half", "Thirty-two wide channel vectorized row major Int8 format."
 _PRECISIONS = {
-    "int8": "int8", "fp8": "fp8", "e4m3": "fp8", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "half": "fp16",
-    "fp32": "fp32", "float32": "fp32", "float": "fp32", "int64": "int64", "int32": "int32", "bool": "bool",
+    "int8": "int8", "fp8": "fp8", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "half": "fp16", "fp32": "fp32",
+    "float": "fp32", "int64": "int64", "int32": "int32", "bool": "bool",
 }  # fmt: skip
 
 
@@ -25,9 +25,12 @@ class GraphDescription:
 
 @dataclass(frozen=True)
 class Layer:
+    """A layer of a TensorRT engine; ``inputs`` and ``outputs`` are the precisions it takes and gives, "-": untold."""
+
     name: str
     kind: str
-    precision: str
+    inputs: str
+    outputs: str
 
 
 def describe_graph(path: Path) -> GraphDescription:
@@ -67,18 +70,19 @@ def read_layers(path: Path) -> list[Layer]:
 
 def _layer(layer: Any) -> Layer:
     if not isinstance(layer, dict):  # engines built without details list names alone
-        return Layer(str(layer), "", "not told")
-    outputs = [output for output in layer.get("Outputs") or () if isinstance(output, dict)]
-    formats = [str(output.get("Datatype") or output.get("Format/Datatype") or "") for output in outputs]
-    precisions = dict.fromkeys(_precision(text) for text in formats)
-    return Layer(
-        str(layer.get("Name", "")), str(layer.get("LayerType", "")), ", ".join(precisions) if precisions else "not told"
-    )
+        return Layer(str(layer), "-", "-", "-")
+    name, kind = (str(layer.get(field, "-")) for field in ("Name", "LayerType"))
+    return Layer(name, kind, _precisions(layer.get("Inputs")), _precisions(layer.get("Outputs")))
 
 
-def _precision(text: str) -> str:
-    words = text.lower().replace("(", " ").replace(")", " ").split()
-    return next((name for word, name in _PRECISIONS.items() if word in words), text or "not told")
+def _precisions(tensors: Any) -> str:
+    """The different precisions of a layer's tensors, in their order."""
+    found = {}
+    for tensor in tensors if isinstance(tensors, list) else []:
+        text = str(tensor.get("Format/Datatype", "-")) if isinstance(tensor, dict) else "-"
+        words = text.lower().split()
+        found[next((name for word, name in _PRECISIONS.items() if word in words), text)] = True
+    return ", ".join(found) or "-"
 
 
 def _typed(value: Any) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,7 @@ def _show_graph(path: Path) -> None:
 
 def _show_layers(path: Path) -> None:
     if layers := read_layers(path):
-        precisions = [layer.precision for layer in layers]
-        counts = ", ".join(f"{precisions.count(name)} {name}" for name in sorted(set(precisions)))
-        rows = [(layer.name, layer.kind, layer.precision) for layer in layers]
-        print_table(f"{path.name}: {len(layers)} layers: {counts}", ("layer", "type", "precision"), rows)
+        precisions = Counter(f"{layer.inputs} -> {layer.outputs}" for layer in layers).most_common()
+        title = f"{path.name}: {len(layers)} layers: " + "; ".join(f"{number} {kind}" for kind, number in precisions)
+        rows = [(layer.name, layer.kind, layer.inputs, layer.outputs) for layer in layers]
+        print_table(title, ("layer", "type", "inputs", "outputs"), rows)
