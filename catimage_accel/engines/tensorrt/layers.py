@@ -84,8 +84,8 @@ class LayerTable:
         layers = [
             {
                 "Name": layer.name, "LayerType": layer.kind, "Precision": layer.precision,
-                "Inputs": [{"Datatype": kind} for kind in layer.inputs],
-                "Outputs": [{"Datatype": kind} for kind in layer.outputs],
+                "Inputs": [{"Format/Datatype": kind} for kind in layer.inputs],
+                "Outputs": [{"Format/Datatype": kind} for kind in layer.outputs],
                 **({} if layer.weights is None else {"Weights": {"Type": layer.weights}}),
             }
             for layer in self.layers

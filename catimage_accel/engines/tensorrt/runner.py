@@ -70,7 +70,12 @@ class TensorRTRunner:
         return [entry]
 
     def _entry(self, progress: Callable[[str, float], None] = lambda *_: None) -> CacheEntry:
-        return self.cache.get_or_build(self.key, lambda folder: self._build(folder, progress))
+        key = self.key
+        if (entry := self.cache.find(key)) is not None:
+            return entry
+        # Before the engine's build, which is timed.
+        onnx = export(self.component, self.cache, high_precision=_HIGH_PRECISION)
+        return self.cache.get_or_build(key, lambda folder: self._build(onnx, folder, progress))
 
     @property
     def key(self) -> EngineKey:
@@ -92,13 +97,12 @@ class TensorRTRunner:
         turing = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 0)
         return device_key(self.device) if turing else "sm_80 and later"
 
-    def _build(self, folder: Path, progress: Callable[[str, float], None]) -> None:
+    def _build(self, onnx: CacheEntry, folder: Path, progress: Callable[[str, float], None]) -> None:
         if not self.library.ahead_of_time and self.device.type != "cuda":
             raise EngineUnavailable(
                 f"{self.library.title} builds on the CUDA device that is to run the engine, and the device is "
                 f"{self.device}; build on a machine with one, or with engine 'tensorrt-rtx'"
             )
-        onnx = export(self.component, self.cache, high_precision=_HIGH_PRECISION)
         times = self.cache.folder / "tensorrt" / f"{self._device_key()} {self.library.version()}.timing"
         built = build_engine(
             self.library, onnx.folder / MODEL_FILE, self.profile, device=self.device, timing_cache=times,

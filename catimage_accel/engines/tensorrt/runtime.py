@@ -8,7 +8,7 @@ from catimage_accel.engines.cache import EngineCache
 from catimage_accel.engines.components import Component, ShapeProfile
 from catimage_accel.engines.tensorrt.api import TENSORRT, TENSORRT_RTX, Library
 from catimage_accel.engines.tensorrt.runner import TensorRTRunner
-from catimage_accel.engines.unavailable import EngineUnavailable
+from catimage_accel.engines.unavailable import EngineUnavailable, why_missing
 
 __all__ = ["RUNTIMES", "TensorRTRuntime"]
 
@@ -21,6 +21,8 @@ class TensorRTRuntime:
     """
 
     precisions = ("fp32", "fp16", "bf16", "int8", "fp8")
+    rows = (1, 2, 4, 8, 16)
+    any_size = False
 
     def __init__(self, library: Library) -> None:
         self.library = library
@@ -29,6 +31,8 @@ class TensorRTRuntime:
     def why_not(self, device: torch.device) -> str | None:
         if not self.library.installed:
             return self.library.missing
+        if (missing := why_missing(("onnx",), self.name)) is not None:
+            return missing
         if device.type != "cuda" or not torch.cuda.is_available():
             return f"{self.library.title} needs a CUDA device, and the device is {device}; use 'openvino' on a CPU"
         capability = torch.cuda.get_device_capability(device)
