@@ -65,11 +65,8 @@ app.command("generate")(draw.generate)
 app.command("demo")(draw.demo)
 app.command("candidates")(candidates.list_candidates)
 app.command("profile")(profile.profile)
-<<<<<<< HEAD
 app.command("gate")(gate.gate)
-=======
 app.command("quantize")(quantize.quantize)
->>>>>>> wt-quantize
 app.add_typer(router.app, name="router")
 app.add_typer(bench.app, name="bench")
 app.add_typer(engine.app, name="engine")

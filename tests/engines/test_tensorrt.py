@@ -142,7 +142,9 @@ def onnx_file(tmp_path: Path) -> Callable[..., Path]:
 @needs_rtx
 @pytest.mark.parametrize("operator", ["StringConcat", "NoSuchOperator"], ids=["one of ONNX", "one of nobody"])
 def test_an_operator_that_is_not_supported_is_named(onnx_file: Callable[..., Path], operator: str) -> None:
-    with pytest.raises(EngineUnavailable, match=rf"^TensorRT-RTX [\d.]+ can't read model\.onnx: node the_node \({operator}") as e:
+    with pytest.raises(
+        EngineUnavailable, match=rf"^TensorRT-RTX [\d.]+ can't read model\.onnx: node the_node \({operator}"
+    ) as e:
         build_engine(TENSORRT_RTX, onnx_file(operator), TINY, device=CPU)
     assert "\n" not in str(e.value)
 
@@ -193,7 +195,9 @@ def test_what_is_built_without_a_device_does_not_run_without_one(
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_a_missing_library_is_told_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch, cache: EngineCache) -> None:
+def test_a_missing_library_is_told_with_its_extra(
+    name: str, monkeypatch: pytest.MonkeyPatch, cache: EngineCache
+) -> None:
     monkeypatch.setattr("catimage_accel.engines.tensorrt.api.find_spec", lambda package: None)
     expected = rf"is not installed; pip install 'catimage-accel\[{name}\]'$"
     reason = RUNTIMES[name].why_not(torch.device("cuda"))

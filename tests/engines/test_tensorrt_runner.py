@@ -34,6 +34,7 @@ from catimage_accel.engines.tensorrt.runner import ENGINE_FILE, TensorRTRunner
 
 PROFILE = ShapeProfile((2, 4), height=3, width=5, tokens=2, text_features=3)
 STREAM = 7
+CPU = torch.device("cpu")
 
 
 class Mode(enum.Enum):
@@ -152,9 +153,9 @@ def stand_in(*, ahead_of_time: bool) -> StandIn:
 
 
 class Lane:
-    """A stream on the CPU; ``graph`` is what capturing comes to: "works", "refused", or "empty" (a graph of nothing)."""
+    """A stream on the CPU; capturing "works", is "refused", or comes to a graph that is "empty"."""
 
-    def __init__(self, device: torch.device = torch.device("cpu"), graph: str = "works") -> None:
+    def __init__(self, device: torch.device = CPU, graph: str = "works") -> None:
         self.device, self.graph, self.capturing = device, graph, False
         self.replays = 0
 
@@ -269,7 +270,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tenso
             runner_module, "build_engine", lambda *_, **__: Built(next(built), LayerTable("log", {}, ()))
         )
         cache = EngineCache(tmp_path / "cache")
-        return TensorRTRunner(library, Component(tmp_path, "unet"), PROFILE, cache, torch.device("cpu"))
+        return TensorRTRunner(library, Component(tmp_path, "unet"), PROFILE, cache, CPU)
 
     return make
 
@@ -314,11 +315,21 @@ def test_a_damaged_engine_is_built_again(made: Callable[..., TensorRTRunner]) ->
         (inputs(5), r"the inputs have 5 rows; accepted: up to 4, of \(2, 4\)"),
         ({**inputs(2), "timestep": torch.zeros(3)}, r"rows are \{'sample': 2, 'timestep': 3\}"),
         ({**inputs(2), "sample": torch.zeros(2, 4, 5, 3)}, r"sample is \(2, 4, 5, 3\); accepted: \(2, 4, 3, 5\)"),
-        ({"encoder_hidden_states": torch.zeros(2, 9, 3)}, r"encoder_hidden_states is \(2, 9, 3\); accepted: \(2, 2, 3\)"),
+        (
+            {"encoder_hidden_states": torch.zeros(2, 9, 3)},
+            r"encoder_hidden_states is \(2, 9, 3\); accepted: \(2, 2, 3\)",
+        ),
         ({"sample": torch.zeros(2, 4, 3, 5, device="meta")}, r"sample is on meta; accepted: cpu"),
         ({"timestep": torch.tensor(3.0)}, r"rows are \{'timestep': 0\}"),
     ],
-    ids=["more rows than any batch size", "rows that differ", "another size", "more text", "another device", "a scalar"],
+    ids=[
+        "more rows than any batch size",
+        "rows that differ",
+        "another size",
+        "more text",
+        "another device",
+        "a scalar",
+    ],
 )
 def test_inputs_that_the_profile_does_not_cover(
     made: Callable[..., TensorRTRunner], wrong: dict[str, torch.Tensor], message: str
@@ -337,5 +348,7 @@ def test_inputs_that_the_profile_does_not_cover(
     ids=["one is missing", "one too many", "other channels"],
 )
 def test_inputs_that_the_graph_has_not(made: Callable[..., TensorRTRunner], wrong: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"the inputs are \{.*accepted: \{'sample': \(2, 4, 3, 5\), 'timestep': \(2,\)\}"):
+    with pytest.raises(
+        ValueError, match=r"the inputs are \{.*accepted: \{'sample': \(2, 4, 3, 5\), 'timestep': \(2,\)\}"
+    ):
         made(b"good")(wrong)
