@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +14,11 @@ from catimage_accel.engines import EngineUnavailable
 from catimage_accel.engines.cache import EngineCache
 from catimage_accel.engines.components import Component, ShapeProfile
 from catimage_accel.engines.tensorrt import RUNTIMES
-from catimage_accel.engines.tensorrt.api import TENSORRT, TENSORRT_RTX
+from catimage_accel.engines.tensorrt.api import TENSORRT_RTX
 from catimage_accel.engines.tensorrt.builder import build_engine
-from catimage_accel.engines.tensorrt.layers import Layer, LayerTable, layers_of_inspector, layers_of_log
+from catimage_accel.engines.tensorrt.layers import LayerTable
 from catimage_accel.engines.tensorrt.runner import ENGINE_FILE, TensorRTRunner
-from catimage_accel.quantize import LayerQuantization, Quantization, weights_sha256
+from catimage_accel.quantize import LayerQuantization, Quantization, fake_quantized, weights_sha256
 
 CPU = torch.device("cpu")
 TINY = ShapeProfile((2,), height=16, width=16, tokens=24, text_features=32)
@@ -194,129 +191,100 @@ def test_what_is_built_without_a_device_does_not_run_without_one(
         rtx(Component(tiny_sd_folder, "unet"), cache)(inputs)
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
-def test_a_missing_library_is_told_with_its_extra(
-    name: str, monkeypatch: pytest.MonkeyPatch, cache: EngineCache
+@pytest.fixture(params=RUNTIMES)
+def on_cuda(request: pytest.FixtureRequest, cache: EngineCache, tiny_sd_folder: Path) -> Callable[..., TensorRTRunner]:
+    """Runners on a CUDA device, for each library that is installed and supports it."""
+    runtime, device = RUNTIMES[request.param], torch.device("cuda")
+    if (reason := runtime.why_not(device)) is not None:
+        pytest.skip(reason)
+    profile = ShapeProfile((1, 4), height=16, width=16, tokens=24, text_features=32)
+
+    def make(precision: str = "fp32", quantization: Path | None = None) -> TensorRTRunner:
+        return runtime.runner(
+            Component(tiny_sd_folder, "unet", "unet", precision, quantization), profile, cache, device
+        )
+
+    return make
+
+
+def unet_inputs(rows: int, device: str = "cuda") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return {
+        "sample": torch.randn((rows, 4, 16, 16), generator=generator).to(device),
+        "timestep": torch.linspace(999, 1, rows).to(device),
+        "encoder_hidden_states": torch.randn((rows, 24, 32), generator=generator).to(device),
+    }
+
+
+@pytest.fixture(scope="module")
+def in_torch(tiny_sd_folder: Path) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """The tiny UNet in float32 on the CPU."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
+
+    @torch.no_grad()
+    def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return unet(**{name: value.cpu().float() for name, value in inputs.items()}).sample
+
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-2), ("bf16", 1e-1)])
+def test_a_device_computes_what_torch_does(
+    on_cuda: Callable[..., TensorRTRunner], in_torch: Callable[..., torch.Tensor], precision: str, tolerance: float
 ) -> None:
-    monkeypatch.setattr("catimage_accel.engines.tensorrt.api.find_spec", lambda package: None)
-    expected = rf"is not installed; pip install 'catimage-accel\[{name}\]'$"
-    reason = RUNTIMES[name].why_not(torch.device("cuda"))
-    assert reason is not None
-    with pytest.raises(EngineUnavailable, match=expected):
-        raise EngineUnavailable(reason)
-    with pytest.raises(EngineUnavailable, match=expected):
-        RUNTIMES[name].runner(Component(Path(), "unet"), TINY, cache, CPU)
+    runner = on_cuda(precision)
+    for rows in (1, 2, 4, 3):
+        inputs = unet_inputs(rows)
+        expected = in_torch(inputs)
+        actual = runner(inputs)["noise"].float().cpu()
+        assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
-    """A package that imports with that version, or does not import at all."""
-
-    def load(package: str) -> Any:
-        if version is None:
-            raise ImportError("libnvinfer.so.10:\n cannot open shared object file")
-        return SimpleNamespace(__version__=version)
-
-    monkeypatch.setattr("catimage_accel.engines.tensorrt.api.find_spec", lambda package: object())
-    monkeypatch.setattr(importlib, "import_module", load)
-
-
-@pytest.mark.parametrize(
-    ("version", "message"),
-    [
-        (None, "TensorRT does not load: libnvinfer.so.10: cannot open shared object file; pip install"),
-        ("8.6.1", "TensorRT is 8.6.1; accepted: 10 and later, pip install -U"),
-        ("", "TensorRT does not load"),
-    ],
-    ids=["no shared library", "too old", "no version"],
-)
-def test_a_library_that_is_of_no_use(monkeypatch: pytest.MonkeyPatch, version: str | None, message: str) -> None:
-    installed(monkeypatch, version)
-    with pytest.raises(EngineUnavailable, match=message):
-        TENSORRT.version()
-
-
-@pytest.mark.parametrize("flagged", [True, False], ids=["TensorRT 10, where typing is a flag", "without the flag"])
-def test_networks_are_strongly_typed(monkeypatch: pytest.MonkeyPatch, flagged: bool) -> None:
-    flags = SimpleNamespace(STRONGLY_TYPED=1) if flagged else SimpleNamespace()
-    module = SimpleNamespace(__version__="10.8", NetworkDefinitionCreationFlag=flags)
-    monkeypatch.setattr("catimage_accel.engines.tensorrt.api.find_spec", lambda package: object())
-    monkeypatch.setattr(importlib, "import_module", lambda package: module)
-    builder = SimpleNamespace(create_network=lambda flags: flags)
-    assert TENSORRT.create_network(builder) == (2 if flagged else 0)
-
-
-@pytest.mark.parametrize("name", RUNTIMES)
-def test_no_device_is_told_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("catimage_accel.engines.tensorrt.api.find_spec", lambda package: object())
-    reason = RUNTIMES[name].why_not(CPU)
-    assert reason is not None
-    assert "needs a CUDA device, and the device is cpu" in reason
-
-
-@needs_rtx
-@pytest.mark.parametrize(
-    ("capability", "problem"),
-    [
-        ((7, 0), "needs compute capability 7.5; cuda has 7.0"),
-        ((7, 5), None),
-        ((8, 9), None),
-        ((9, 0), "and later, and cuda has 9.0; use engine 'tensorrt'"),
-        ((12, 0), None),
-        ((13, 0), None),
-    ],
-    ids=["Volta", "Turing", "Ada", "Hopper", "Blackwell", "what is to come"],
-)
-def test_tensorrt_rtx_is_not_for_every_device(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], problem: str | None
+@pytest.mark.gpu
+def test_int8_on_a_device_is_near_what_it_rounds(
+    on_cuda: Callable[..., TensorRTRunner], quantization: Path, tiny_sd_folder: Path
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = RUNTIMES["tensorrt-rtx"].why_not(torch.device("cuda"))
-    assert (reason is None) if problem is None else (reason is not None and problem in reason)
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
+    rounded = fake_quantized(unet, Quantization.load(quantization))
+    inputs = unet_inputs(4)
+    with torch.no_grad():
+        exact, expected = (each(**{k: v.cpu() for k, v in inputs.items()}).sample for each in (unet, rounded))
+    actual = on_cuda("int8", quantization)(inputs)["noise"].float().cpu()
+    # Ties of rounding cascade, so layers differ by steps; but it errs as the model of it errs, not more.
+    assert (actual - exact).square().mean() <= 1.5 * (expected - exact).square().mean()
 
 
-def test_tensorrt_does_not_build_without_a_device(
-    monkeypatch: pytest.MonkeyPatch, tiny_sd_folder: Path, cache: EngineCache
+@pytest.mark.gpu
+def test_calls_on_a_device_keep_their_results_apart(
+    on_cuda: Callable[..., TensorRTRunner], in_torch: Callable[..., torch.Tensor]
 ) -> None:
-    installed(monkeypatch, "10.8")
-    runner = RUNTIMES["tensorrt"].runner(Component(tiny_sd_folder, "unet"), TINY, cache, CPU)
-    with pytest.raises(EngineUnavailable, match="TensorRT builds on the CUDA device that is to run the engine"):
-        runner.build()
+    runner = on_cuda()
+    batches = [unet_inputs(rows) for rows in (4, 1, 3, 4, 2)]
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results = []
+    for turn, batch in enumerate(batches):
+        with torch.cuda.stream(streams[turn % len(streams)]):
+            results.append(runner(batch)["noise"])
+    torch.cuda.synchronize()
+    for batch, result in zip(batches, results, strict=True):
+        torch.testing.assert_close(result.cpu(), in_torch(batch), atol=1e-3, rtol=1e-3)
 
 
-def test_precisions_that_there_are_not(cache: EngineCache) -> None:
-    with pytest.raises(ValueError, match="precision is 'int4'; accepted: fp32, fp16, bf16, int8, fp8"):
-        RUNTIMES["tensorrt-rtx"].runner(Component(Path(), "unet", precision="int4"), TINY, cache, CPU)
+@pytest.mark.gpu
+def test_a_device_replays_a_graph(on_cuda: Callable[..., TensorRTRunner]) -> None:
+    runner = on_cuda()
+    for _ in range(2):
+        runner(unet_inputs(4))
+    assert runner.graphs == (() if runner.library.ahead_of_time else (4,))
 
 
-def test_layers_of_the_inspector_of_both_versions() -> None:
-    ten = """{"Layers": [
-      {"Name": "conv", "LayerType": "CaskConvolution", "Weights": {"Type": "Int8", "Count": 36864},
-       "Inputs": [{"Name": "x", "Dimensions": [2, 64, 8, 8],
-                   "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}],
-       "Outputs": [{"Name": "y", "Dimensions": [2, 64, 8, 8], "Format/Datatype": "Row major linear FP16 format"}]},
-      "only a name"], "Bindings": ["x", "y"]}"""
-    eleven = """{"Layers": [
-      {"Name": "gemm [profile 1]", "LayerType": "gemm",
-       "Inputs": [{"Name": "x", "Dimensions": [2, 64], "Datatype": "Half", "Format": "(Linear) Row major"}],
-       "Constants": [{"Name": "s", "Dimensions": [1, 64], "Datatype": "Float"},
-                     {"Name": "w", "Dimensions": [64, 8], "Datatype": "Int8"}],
-       "Outputs": [{"Name": "y", "Dimensions": [2, 8], "Datatype": "BFloat16"}]}], "I/O Tensors": []}"""
-    first, name = layers_of_inspector(ten)
-    assert first == Layer("conv", "CaskConvolution", ("INT8",), "INT8", ("FP16",))
-    assert (first.precision, first.profile, name.precision) == ("INT8", 0, "?")
-    [second] = layers_of_inspector(eleven)
-    assert second == Layer("gemm [profile 1]", "gemm", ("FP16",), "INT8", ("BF16",))
-    assert (second.precision, second.profile) == ("FP16 x INT8", 1), "weights alone in INT8 are not INT8 arithmetic"
-
-
-def test_layers_survive_being_written(tmp_path: Path) -> None:
-    layers = (Layer("a", "gemm", ("INT8",), "INT8", ("FP32",)), Layer("b", "kgen", (), None, ("FP16",)))
-    table = LayerTable("log", {"w": 12}, layers)
-    assert LayerTable.load(tmp_path) is None
-    table.save(tmp_path)
-    assert LayerTable.load(tmp_path) == table
-
-
-def test_other_lines_of_a_log_are_no_layers() -> None:
-    assert layers_of_log(["LayerType: gemm", "Name: x, LayerType: gemm", ""]) == []
+@pytest.mark.gpu
+def test_what_is_no_engine_does_not_load(on_cuda: Callable[..., TensorRTRunner], cache: EngineCache) -> None:
+    runner = on_cuda()
+    [entry] = runner.build()
+    cache.discard(entry.key)
+    cache.get_or_build(entry.key, lambda folder: (folder / ENGINE_FILE).write_bytes(b"no engine"))  # type: ignore[arg-type, return-value]
+    with pytest.warns(UserWarning, match="does not load here and is built again"):
+        runner(unet_inputs(1))

@@ -37,7 +37,8 @@ class Library:
 
     @property
     def installed(self) -> bool:
-        return find_spec(self.package) is not None
+        found = find_spec(self.package)
+        return found is not None and found.origin is not None  # a folder called "tensorrt" has none
 
     @property
     def missing(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,6 +31,7 @@ from catimage_accel.storage import write_atomic
 __all__ = ["ENGINE_FILE", "TensorRTRunner"]
 
 ENGINE_FILE = "engine.plan"
+_ROWS = re.compile(r"rows=(\d+(?:\+\d+)*),")
 _HIGH_PRECISION = "fp16"  # of the layers that are not quantized, on a CUDA device
 
 
@@ -51,13 +53,18 @@ class TensorRTRunner:
 
         Inputs are on the device, in any type. See :meth:`Runner.__call__` for what is raised.
         """
-        rows, index = check_inputs(inputs, self.profile)
+        check_inputs(inputs, self.profile)
         for name, value in inputs.items():
             if value.device.type != self.device.type:
                 raise ValueError(f"{name} is on {value.device}; accepted: {self.device}")
         if self._loaded is None:
             self._loaded = self._load()
-        return self._loaded.run(inputs, rows, index)
+        return self._loaded.run(inputs)
+
+    @property
+    def graphs(self) -> tuple[int, ...]:
+        """The batch sizes for which a captured CUDA graph is replayed; none for TensorRT-RTX, which captures itself."""
+        return () if self._loaded is None else self._loaded.graphs
 
     def build(
         self,
@@ -80,7 +87,10 @@ class TensorRTRunner:
     @property
     def key(self) -> EngineKey:
         """What the engine is called in the cache."""
-        onnx, profile = export_key(self.component, _HIGH_PRECISION), self.profile
+        return self._key(self.profile)
+
+    def _key(self, profile: ShapeProfile) -> EngineKey:
+        onnx = export_key(self.component, _HIGH_PRECISION)
         shapes = (
             f"rows={'+'.join(map(str, profile.rows))},height={profile.height},width={profile.width},"
             f"tokens={profile.tokens}"
@@ -118,15 +128,30 @@ class TensorRTRunner:
     def _load(self) -> _Loaded:
         """The engine, built if need be; one that is whole but not for this device or version is built again, once."""
         lane = Lane(self.device)
-        entry = self._entry()
+        profile, entry = self._cached() or (self.profile, self._entry())
         with contextlib.suppress(_NotLoadable):
-            return _Loaded(self.library, entry.folder / ENGINE_FILE, lane)
+            return _Loaded(self.library, entry, profile, lane)
         warnings.warn(
             f"the {self.component.name} for {self.library.name} in the engine cache does not load here and is built "
             f"again ({entry.folder})", UserWarning, stacklevel=3,
         )  # fmt: skip
         self.cache.discard(entry.key)
-        return _Loaded(self.library, self._entry().folder / ENGINE_FILE, lane)
+        return _Loaded(self.library, self._entry(), self.profile, lane)
+
+    def _cached(self) -> tuple[ShapeProfile, CacheEntry] | None:
+        """The engine in the cache; failing that one for other batch sizes, the largest of which is large enough."""
+        if (entry := self.cache.find(self.key)) is not None:
+            return self.profile, entry
+        for other in self.cache.entries():
+            match = _ROWS.match(other.key.profile)
+            if match is None or other.key.runtime != self.library.name:
+                continue
+            profile = replace(self.profile, rows=tuple(map(int, match[1].split("+"))))
+            if profile.rows[-1] < self.profile.rows[-1] or self._key(profile) != other.key:
+                continue
+            if (entry := self.cache.find(other.key)) is not None:
+                return profile, entry
+        return None
 
 
 class _NotLoadable(EngineUnavailable):
@@ -136,13 +161,18 @@ class _NotLoadable(EngineUnavailable):
 class _Loaded:
     """A deserialized engine with a bucket for each batch size in use."""
 
-    def __init__(self, library: Library, plan: Path, lane: Lane) -> None:
-        self._library, self._lane, self._log = library, lane, Log()
+    def __init__(self, library: Library, entry: CacheEntry, profile: ShapeProfile, lane: Lane) -> None:
+        self._library, self._profile, self._lane, self._log = library, profile, lane, Log()
         with current(lane.device):
-            self._engine, self._alive = _deserialize(library, plan.read_bytes(), self._log)
+            self._engine, self._alive = _deserialize(library, (entry.folder / ENGINE_FILE).read_bytes(), self._log)
         self._buckets: dict[int, Bucket] = {}
 
-    def run(self, inputs: Mapping[str, Tensor], rows: int, index: int) -> dict[str, Tensor]:
+    @property
+    def graphs(self) -> tuple[int, ...]:
+        return tuple(bucket.rows for bucket in self._buckets.values() if bucket.captured)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rows, index = check_inputs(inputs, self._profile)
         with self._lane.call():
             if index not in self._buckets:
                 self._buckets[index] = Bucket(self._library, self._engine, index, self._lane, self._log)
