@@ -102,12 +102,15 @@ def measured(
     onnx = export(component, cache, high_precision="fp16")
     exported = time.perf_counter() - start
     profile = shape_profile(component.model, component.unet, rows)
+    start = time.process_time()
     [entry] = runtime.runner(component, profile, cache, device).build()
+    busy = time.process_time() - start
     table = LayerTable.load(entry.folder)
     assert table is not None
     return {
         "component": component.name, "part": component.part, "precision": component.precision,
         "export_seconds": round(exported, 2), "build_seconds": round(entry.build_seconds, 2),
+        "build_cpu_seconds": round(busy, 2),
         "onnx_bytes": (onnx.folder / MODEL_FILE).stat().st_size, "engine_bytes": entry.bytes,
         "layers": len(table.multiplying()), "int8_layers": len(table.multiplying("INT8")),
         "int8_weights": len(table.quantized_weights), "int8_weight_elements": sum(table.quantized_weights.values()),
@@ -115,12 +118,12 @@ def measured(
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    columns = ("component", "precision", "export s", "build s", "ONNX MB", "engine MB", "in INT8", "INT8 weights")
+    columns = ("component", "precision", "export s", "build s", "CPU s", "ONNX MB", "engine MB", "INT8", "INT8 weights")
     lines = [
         (
             f"{row['component']} ({row['part']})", row["precision"], f"{row['export_seconds']:.1f}",
-            f"{row['build_seconds']:.1f}", f"{row['onnx_bytes'] / 1e6:.1f}", f"{row['engine_bytes'] / 1e6:.1f}",
-            f"{row['int8_layers']} of {row['layers']}", str(row["int8_weights"]),
+            f"{row['build_seconds']:.1f}", f"{row['build_cpu_seconds']:.1f}", f"{row['onnx_bytes'] / 1e6:.1f}",
+            f"{row['engine_bytes'] / 1e6:.1f}", f"{row['int8_layers']} of {row['layers']}", str(row["int8_weights"]),
         )
         for row in results
     ]  # fmt: skip

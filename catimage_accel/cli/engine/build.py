@@ -53,6 +53,7 @@ def build(
         from catimage_accel.arguments import find_device
         from catimage_accel.engines.cache import EngineCache
         from catimage_accel.engines.registry import find_runtime
+        from catimage_accel.engines.unavailable import EngineUnavailable
 
         found = find_device(device)
         runtimes = {name: find_runtime(name) for name in engine or _able(found)}
@@ -70,7 +71,7 @@ def build(
             progress.update(bar, completed=done, description=name)
             try:
                 rows_told += _build(runtimes[job.engine], job, cache, found, told)
-            except RuntimeError as error:
+            except EngineUnavailable as error:
                 say(f"{name}: {' '.join(str(error).split())}")
                 failed = True
         progress.update(bar, completed=len(jobs), description="built")
