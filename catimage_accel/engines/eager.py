@@ -11,10 +11,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from catimage_accel.engines.components import Component
 from catimage_accel.engines.deepcache import denoise_with_deep_features
 from catimage_accel.engines.loading import check_model_folder, check_precision, load_component
-from catimage_accel.engines.protocol import DeepFeatures, TextBatch, TextState
+from catimage_accel.engines.protocol import DeepFeatures, KeyValue, TextBatch, TextState
 from catimage_accel.engines.text import CachedText
+from catimage_accel.quantize.fake import fake_quantized
 
 __all__ = ["EagerEngine", "SharedParts"]
 
@@ -75,9 +77,14 @@ class SharedParts:
 class EagerEngine:
     """A ``UNet2DConditionModel`` of a diffusers folder in PyTorch, with the parts it shares with its siblings.
 
-    Weights and activations are float32, bfloat16 or float16 by ``precision``; samples come and go in float32, so that
-    what a sampler accumulates over the steps is never rounded to 16 bits. See :class:`~.protocol.Engine` for the calls.
+    Weights and activations are float32, bfloat16 or float16 by ``precision``; "int8" and "fp8" round them as the
+    quantized engines do, but compute in floating point, which is exact and saves no time. Samples come and go in
+    float32, so that what a sampler accumulates over the steps is never rounded to 16 bits. See
+    :class:`~.protocol.Engine` for the calls.
     """
+
+    name = "eager"
+    precisions: tuple[str, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
 
     def __init__(
         self,
@@ -86,14 +93,16 @@ class EagerEngine:
         precision: str = "fp32",
         device: torch.device | str = "cpu",
         shared: SharedParts | None = None,
+        quantization: Path | None = None,
     ) -> None:
         """Loads ``model/unet`` and, unless ``shared`` is given, the other parts of ``model``.
+
+        ``quantization`` is the folder with the scales of an "int8" or "fp8" UNet.
 
         Raises FileNotFoundError or ValueError, before any weight is read, for folders that can't be run.
         """
         from diffusers import UNet2DConditionModel
 
-        self.name = "eager"
         self.device = torch.device(device)
         self.dtype = check_precision(precision, self.device)
         check_model_folder(model, unet)
@@ -103,6 +112,8 @@ class EagerEngine:
             )
         self.shared = SharedParts(model, self.dtype, self.device) if shared is None else shared
         loaded = load_component(UNet2DConditionModel, model, unet, self.dtype)
+        if (scales := Component(model, "unet", unet, precision, quantization).scales) is not None:
+            loaded = fake_quantized(loaded, scales)
         self.unet = loaded.to(device=self.device, memory_format=torch.channels_last)
         self._text = CachedText(self.unet)
         self._states: WeakValueDictionary[str, TextState] = WeakValueDictionary()
@@ -119,7 +130,7 @@ class EagerEngine:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in states]
         if missing:
             hidden = self.shared.encode(missing)
-            layers = self._text.keys_values(self.unet.process_encoder_hidden_states(torch.stack(hidden), None))
+            layers = self._keys_values(torch.stack(hidden))
             for row, prompt in enumerate(missing):
                 own = tuple((key[row].clone(), value[row].clone()) for key, value in layers)
                 states[prompt] = TextState(prompt, hidden[row], own)
@@ -130,6 +141,11 @@ class EagerEngine:
     @torch.inference_mode()
     def gather(self, states: Sequence[TextState]) -> TextBatch:
         return TextBatch.gather(states)
+
+    @torch.inference_mode()
+    def with_layers(self, hidden: Tensor) -> TextBatch:
+        """The batch of text encoder states (rows, tokens, features) that another engine gathered."""
+        return TextBatch(hidden, self._keys_values(hidden))
 
     @torch.inference_mode()
     def denoise(
@@ -151,3 +167,6 @@ class EagerEngine:
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.shared.decode(latents)
+
+    def _keys_values(self, hidden: Tensor) -> list[KeyValue]:
+        return self._text.keys_values(self.unet.process_encoder_hidden_states(hidden, None))

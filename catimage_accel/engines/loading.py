@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["PRECISIONS", "check_model_folder", "check_precision", "load_component", "read_config"]
+__all__ = [
+    "PRECISIONS", "QUANTIZED_PRECISIONS", "check_model_folder", "check_precision", "load_component", "read_config",
+]  # fmt: skip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZED_PRECISIONS = ("int8", "fp8")
 
 _WEIGHTS = {"text_encoder": "model"}
 _CLASSES = {"text_encoder": ("CLIPTextModel",), "vae": ("AutoencoderKL",)}
@@ -18,11 +21,16 @@ _UNET_CLASSES = ("UNet2DConditionModel",)
 
 
 def check_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of "fp32", "bf16" or "fp16"; ValueError for anything else, and for fp16 on the CPU."""
+    """The dtype of a precision, for "int8" and "fp8" that of all that isn't quantized: float16 on CUDA, else float32.
+
+    ValueError for anything else, and for fp16 on the CPU.
+    """
+    if precision in QUANTIZED_PRECISIONS:
+        return torch.float16 if device.type == "cuda" else torch.float32
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; accepted: {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision is {precision!r}; accepted: {', '.join((*PRECISIONS, *QUANTIZED_PRECISIONS))}")
     if precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision is 'fp16' on device 'cpu'; accepted there: fp32, bf16")
+        raise ValueError("precision is 'fp16' on device 'cpu'; accepted there: fp32, bf16, int8, fp8")
     return PRECISIONS[precision]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from catimage_accel.engines.components import Component
 from catimage_accel.engines.deepcache import enter, inside, leave
 from catimage_accel.engines.loading import load_component, read_config
-from catimage_accel.engines.onnx_weights import fold_quantized_weights, type_scales
+from catimage_accel.engines.onnx_weights import fold_quantized_weights, onnx_type, type_scales
 from catimage_accel.engines.unavailable import EngineUnavailable, why_missing
 from catimage_accel.quantize.fake import fake_quantized
 
@@ -97,6 +97,7 @@ def _write(component: Component, high_precision: str, folder: Path, external_ove
     del module
     model = onnx.load(str(traced / MODEL_FILE))
     shutil.rmtree(traced)
+    _keep_inputs(model, dict(zip(names, inputs, strict=True)))
     if component.scales is not None:
         fold_quantized_weights(model)
         if dtype != torch.float32:
@@ -140,6 +141,19 @@ def _trace(
         torch._C._jit_set_onnx_log_enabled(logs)
         for name in _SYMBOLICS:
             torch.onnx.unregister_custom_op_symbolic(name, OPSET)
+
+
+def _keep_inputs(model: Any, inputs: dict[str, Tensor]) -> None:
+    """Declares the inputs that the graph doesn't use and torch left out: the text, of outer blocks without attention."""
+    from onnx import helper
+
+    known = {value.name: value for value in model.graph.input}
+    for name, tensor in inputs.items():
+        if name not in known:
+            shape = [_AXES[tensor.ndim].get(axis, size) for axis, size in enumerate(tensor.shape)]
+            known[name] = helper.make_tensor_value_info(name, onnx_type(tensor.dtype), shape)
+    del model.graph.input[:]
+    model.graph.input.extend(known[name] for name in inputs)
 
 
 def _unet(component: Component, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:

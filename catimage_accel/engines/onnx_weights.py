@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fold_quantized_weights", "type_scales"]
+__all__ = ["fold_quantized_weights", "onnx_type", "type_scales"]
 
 _E4M3_MAX = 448.0
 
@@ -63,7 +63,7 @@ def type_scales(model: Any, dtype: torch.dtype) -> None:
     ]
     for proto in protos:
         scale = _tensor(proto).to(dtype).clamp(min=torch.finfo(dtype).smallest_normal)
-        proto.CopyFrom(_proto(proto.name, scale, _onnx_type(dtype)))
+        proto.CopyFrom(_proto(proto.name, scale, onnx_type(dtype)))
 
 
 def _codes(weight: Tensor, scale: Tensor, axis: int, integers: bool) -> Tensor:
@@ -100,7 +100,8 @@ def _proto(name: str, value: Tensor, data_type: int) -> Any:
     return TensorProto(name=name, data_type=data_type, dims=value.shape, raw_data=raw.numpy().tobytes())
 
 
-def _onnx_type(dtype: torch.dtype) -> int:
+def onnx_type(dtype: torch.dtype) -> int:
+    """ONNX's number for a floating type."""
     from onnx import TensorProto
 
     types: dict[torch.dtype, int] = {

@@ -22,7 +22,8 @@ class Runner(Protocol):
     def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The graph's named outputs for its named inputs, all with the same number of rows.
 
-        Rows are filled up to the profile's next batch size and cut off again. Raises ValueError for shapes outside the
+        Inputs are of any floating type; outputs of the graph's, in memory that no later call touches. Rows are filled
+        up to the profile's next batch size and cut off again. Raises ValueError for shapes outside the
         profile, naming the shape and what the profile covers; :class:`EngineUnavailable` if the build fails.
         """
         ...
