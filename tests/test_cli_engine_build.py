@@ -29,17 +29,17 @@ def rows(result: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.skipif(not TENSORRT_RTX.installed, reason="TensorRT-RTX is not installed")
 def test_tensorrt_rtx_builds_without_a_device(tiny_catalog: Path) -> None:
-    """The candidate uses DeepCache: two graphs of the UNet, and the decoder."""
+    """The candidate uses DeepCache: three graphs of the UNet, and the decoder."""
     asked = (tiny_catalog, "--candidate", "middle-3", "--engine", "tensorrt-rtx", "--rows", 2, "--json")
     first = build(*asked)
     assert first.exit_code == 0, first.output
     found = rows(first)
-    assert [row["component"] for row in found] == ["unet-deep", "unet-shallow", "vae_decoder"]
+    assert [row["component"] for row in found] == ["unet", "unet-deep", "unet-shallow", "vae_decoder"]
     assert {row["profile"] for row in found} == {"rows=2,height=16,width=16,tokens=24"}
     assert all(row["from"] == "built" and row["seconds"] > 0 and row["bytes"] > 10**5 for row in found)
     assert all((row["int8_layers"], row["quantized_weights"]) == (0, 0) and row["layers"] > 5 for row in found)
     again = build(*asked)
-    assert [row["from"] for row in rows(again)] == ["cached"] * 3
+    assert [row["from"] for row in rows(again)] == ["cached"] * 4
     assert [row["digest"] for row in rows(again)] == [row["digest"] for row in found]
 
 

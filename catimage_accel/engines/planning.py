@@ -23,7 +23,7 @@ def target_device(engine: str, device: torch.device) -> torch.device:
 def components_of(
     model: Path, unet: str, precision: str, quantization: Path | None, target: torch.device, *, deepcache: bool
 ) -> list[Component]:
-    """The UNet, or DeepCache's two, and the decoder, in the precisions that they have on ``target``.
+    """The UNet, with DeepCache its two parts as well, and the decoder, in the precisions that they have on ``target``.
 
     What is not quantized is float16 on CUDA and float32 elsewhere; a float16 decoder whose config says
     ``force_upcast`` is float32. Reads configs only; FileNotFoundError or ValueError for folders that can't be run.
@@ -33,7 +33,7 @@ def components_of(
     if dtype == torch.float16 and read_config(model / "vae" / "config.json").get("force_upcast", True):
         dtype = torch.float32
     decoder = next(name for name, found in PRECISIONS.items() if found == dtype)
-    names = ("unet-deep", "unet-shallow") if deepcache else ("unet",)
+    names = ("unet", "unet-deep", "unet-shallow") if deepcache else ("unet",)
     return [
         *(Component(model, name, unet, precision, quantization) for name in names),
         Component(model, "vae_decoder", unet, decoder),

@@ -113,10 +113,10 @@ class TensorRTRunner:
                 f"{self.library.title} builds on the CUDA device that is to run the engine, and the device is "
                 f"{self.device}; build on a machine with one, or with engine 'tensorrt-rtx'"
             )
-        times = self.cache.folder / "tensorrt" / f"{self._device_key()} {self.library.version()}.timing"
+        times = re.sub(r"[^\w.]+", "-", f"{self._device_key()} {self.library.version()}.timing")
         built = build_engine(
-            self.library, onnx.folder / MODEL_FILE, self.profile, device=self.device, timing_cache=times,
-            advance=progress,
+            self.library, onnx.folder / MODEL_FILE, self.profile, device=self.device,
+            timing_cache=self.cache.folder / "tensorrt" / times, advance=progress,
         )  # fmt: skip
         write_atomic(folder / ENGINE_FILE, built.plan)
         table = built.table
