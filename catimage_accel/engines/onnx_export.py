@@ -144,7 +144,7 @@ def _trace(
 
 
 def _keep_inputs(model: Any, inputs: dict[str, Tensor]) -> None:
-    """Declares the inputs that the graph doesn't use and torch left out: the text, of outer blocks without attention."""
+    """Declares the inputs that the graph does not use and torch left out: text, for outer blocks without attention."""
     from onnx import helper
 
     known = {value.name: value for value in model.graph.input}

@@ -64,21 +64,29 @@ class OnnxRuntimeRunner:
             return onnxruntime.InferenceSession(
                 str(entry.folder / MODEL_FILE), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime's own classes share no base of theirs
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise EngineUnavailable(f"onnxruntime can't load the {self._component.name}: {reason}") from error
+        except Exception as error:  # onnxruntime's own classes have no other base
+            raise _unavailable(self._component, error) from error
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         session = self._session
         # NumPy views of CPU tensors: nothing is copied on the way in, and the outputs are made for this call.
         arrays = {name: value.to(torch.float32).contiguous().numpy() for name, value in inputs.items()}
         names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, map(torch.from_numpy, session.run(names, arrays)), strict=True))
+        try:
+            results = session.run(names, arrays)
+        except Exception as error:
+            raise _unavailable(self._component, error) from error
+        return dict(zip(names, map(torch.from_numpy, results), strict=True))
 
     def build(self, advance: Callable[[str], None] = lambda _: None) -> list[CacheEntry]:
         entry = export(self._component, self._cache)
         advance(self._component.name)
         return [entry]
+
+
+def _unavailable(component: Component, error: Exception) -> EngineUnavailable:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return EngineUnavailable(f"onnxruntime can't run the {component.name}: {reason}; use engine 'eager'")
 
 
 RUNTIMES = {"onnxruntime": OnnxRuntime()}

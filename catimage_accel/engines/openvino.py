@@ -74,18 +74,24 @@ class OpenVINORunner:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows = len(next(iter(inputs.values())))
         bucket = self._profile.bucket(rows) if self._has_profile_shapes(inputs) else None
-        if bucket not in self._requests:
-            self._requests[bucket] = self._compiled(bucket)[0].create_infer_request()
-        filled = rows if bucket is None else bucket
-        arrays = {name: _array(value, filled) for name, value in inputs.items()}
-        # Inputs are read where they are. Outputs are OpenVINO's, overwritten by the next call: hence the copies.
-        results = self._requests[bucket].infer(arrays, share_inputs=True, share_outputs=True)
+        try:
+            if bucket not in self._requests:
+                model = self._compile(None) if bucket is None else self._load(bucket, self._entry(bucket))
+                self._requests[bucket] = model.create_infer_request()
+            arrays = {name: _array(value, rows if bucket is None else bucket) for name, value in inputs.items()}
+            # Inputs are read where they are. Outputs are OpenVINO's, overwritten by the next call: hence the copies.
+            results = self._requests[bucket].infer(arrays, share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise _unavailable(self._component, error) from error
         return {name: torch.from_numpy(results[name][:rows]).clone() for name in self._outputs}
 
     def build(self, advance: Callable[[str], None] = lambda _: None) -> list[CacheEntry]:
         entries = []
         for rows in self._profile.rows:
-            entries.append(self._compiled(rows)[1])
+            try:
+                entries.append(self._entry(rows))
+            except RuntimeError as error:
+                raise _unavailable(self._component, error) from error
             advance(f"{self._component.name}, {rows} rows")
         return entries
 
@@ -100,40 +106,48 @@ class OpenVINORunner:
             value.shape[1] == self._profile.tokens for value in inputs.values()
         )  # fmt: skip
 
-    def _compiled(self, rows: int | None) -> tuple[Any, CacheEntry]:
-        """The model compiled for a batch size, or for any shapes, and its entry."""
-        weights = _weights(self._source, self._cache, self._version)
-        digest = read_record(weights.folder).files[_WEIGHTS_FILE].sha256
+    def _entry(self, rows: int) -> CacheEntry:
+        """The cache's entry with the model compiled for a batch size."""
         profile = self._profile
-        shapes = f"rows={rows},height={profile.height},width={profile.width},tokens={profile.tokens}"
         key = _key(
-            self._component, self._version, "dynamic" if rows is None else shapes, device_key(_CPU),
-            {"weights": digest, "file": _COMPILED_FILE},
+            self._component, self._version,
+            f"rows={rows},height={profile.height},width={profile.width},tokens={profile.tokens}", device_key(_CPU),
+            {"weights": read_record(self._weights.folder).files[_WEIGHTS_FILE].sha256, "file": _COMPILED_FILE},
         )  # fmt: skip
-        config = {
+
+        def export_model(folder: Path) -> None:
+            with (folder / _COMPILED_FILE).open("wb") as file:
+                file.write(self._compile(rows).export_model().getbuffer())
+
+        return self._cache.get_or_build(key, export_model)
+
+    def _load(self, rows: int, entry: CacheEntry) -> Any:
+        weights = str(self._weights.folder / _WEIGHTS_FILE)
+        try:
+            blob = (entry.folder / _COMPILED_FILE).read_bytes()
+            return _core().import_model(blob, "CPU", {**self._config, "WEIGHTS_PATH": weights})
+        except RuntimeError:  # the processor is of the same name and instructions, but OpenVINO tells them apart
+            return self._compile(rows)
+
+    def _compile(self, rows: int | None) -> Any:
+        """The model for a batch size, or for any shapes; the latter can't be exported, for its import fails."""
+        model = _core().read_model(self._weights.folder / _IR_FILE)
+        if rows is not None:
+            model.reshape({one.get_any_name(): _fixed(one.partial_shape, rows, self._profile) for one in model.inputs})
+        return _core().compile_model(model, "CPU", self._config)
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        return {
             "INFERENCE_PRECISION_HINT": "bf16" if self._component.precision == "bf16" else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "CACHE_MODE": "OPTIMIZE_SIZE",  # leaves the weights out
+            "CACHE_MODE": "OPTIMIZE_SIZE",  # an export leaves the weights out
         }
-        made = []
 
-        def compile_model(folder: Path) -> None:
-            model = _core().read_model(weights.folder / _IR_FILE)
-            if rows is not None:
-                model.reshape({one.get_any_name(): _fixed(one.partial_shape, rows, profile) for one in model.inputs})
-            made.append(_core().compile_model(model, "CPU", config))
-            with (folder / _COMPILED_FILE).open("wb") as file:
-                file.write(made[0].export_model().getbuffer())
-
-        try:
-            entry = self._cache.get_or_build(key, compile_model)
-            if not made:
-                config["WEIGHTS_PATH"] = str(weights.folder / _WEIGHTS_FILE)
-                made.append(_core().import_model((entry.folder / _COMPILED_FILE).read_bytes(), "CPU", config))
-        except RuntimeError as error:
-            raise _unavailable(self._component, error) from error
-        return made[0], entry
+    @cached_property
+    def _weights(self) -> CacheEntry:
+        return _weights(self._source, self._cache, self._version)
 
 
 def _weights(component: Component, cache: EngineCache, version: str) -> CacheEntry:
@@ -145,11 +159,7 @@ def _weights(component: Component, cache: EngineCache, version: str) -> CacheEnt
         model = _core().read_model(export(component, cache).folder / MODEL_FILE)
         openvino.save_model(model, folder / _IR_FILE, compress_to_fp16=False)
 
-    key = _key(component, version, "dynamic", "any", {"file": _IR_FILE})
-    try:
-        return cache.get_or_build(key, convert)
-    except RuntimeError as error:
-        raise _unavailable(component, error) from error
+    return cache.get_or_build(_key(component, version, "dynamic", "any", {"file": _IR_FILE}), convert)
 
 
 def _key(component: Component, version: str, profile: str, device: str, options: dict[str, str]) -> EngineKey:
@@ -191,7 +201,7 @@ def _unavailable(component: Component, error: RuntimeError) -> EngineUnavailable
         return error
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]
     reason = (lines or [type(error).__name__])[0]
-    return EngineUnavailable(f"openvino can't compile the {component.name}: {reason}; use engine 'onnxruntime'")
+    return EngineUnavailable(f"openvino can't run the {component.name}: {reason}; use engine 'onnxruntime'")
 
 
 RUNTIMES = {"openvino": OpenVINO()}
