@@ -18,15 +18,19 @@ from catimage_accel.engines.cache import CacheEntry, EngineCache, EngineKey
 from catimage_accel.engines.components import Component, ShapeProfile
 from catimage_accel.engines.tensorrt import runner as runner_module
 from catimage_accel.engines.tensorrt.builder import Built
+from catimage_accel.engines.tensorrt.contexts import Contexts
 from catimage_accel.engines.tensorrt.execution import Bucket
 from catimage_accel.engines.tensorrt.layers import LayerTable
 from catimage_accel.engines.tensorrt.log import Log
 from catimage_accel.engines.tensorrt.runner import ENGINE_FILE, TensorRTRunner
 
+NO_FILE = Path("no such folder/kernels")
+
 
 def bucket(lane: Lane, *, ahead_of_time: bool = False, profile: int = 1) -> tuple[Bucket, Context]:
     engine = Engine()
-    made = Bucket(stand_in(ahead_of_time=ahead_of_time), engine, profile, lane, Log())
+    library = stand_in(ahead_of_time=ahead_of_time)
+    made = Bucket(library, engine, Contexts(library, engine, NO_FILE), profile, lane, Log())
     return made, engine.contexts[0]
 
 
@@ -93,7 +97,8 @@ def test_tensorrt_rtx_captures_by_itself() -> None:
 def test_a_refused_batch_is_told_in_one_line() -> None:
     log = Log()
     engine = Engine()
-    made = Bucket(stand_in(ahead_of_time=True), engine, 0, Lane(), log)
+    library = stand_in(ahead_of_time=True)
+    made = Bucket(library, engine, Contexts(library, engine, NO_FILE), 0, Lane(), log)
     engine.contexts[0].fails = True
     log.record("ERROR", "out of\nmemory")
     with pytest.raises(EngineUnavailable, match=r"^Stand-in refused the batch: out of memory$"):
@@ -128,6 +133,25 @@ def test_one_context_serves_each_batch_size(made: Callable[..., TensorRTRunner])
         torch.testing.assert_close(runner(batch)["noise"], expected(batch["sample"], batch["timestep"]))
     [engine] = runner.library.engines  # type: ignore[attr-defined]
     assert [context.profile for context in engine.contexts] == [0, 1]
+
+
+@pytest.mark.parametrize("left", [None, b"of another device"], ids=["at first", "of no use"])
+def test_what_the_device_compiles_is_kept(made: Callable[..., TensorRTRunner], left: bytes | None) -> None:
+    runner = made(b"good")
+    [entry] = runner.build()
+    folder = entry.folder.parent / "tensorrt"
+    folder.mkdir()
+    kept = folder / f"{entry.key.digest}.kernels"
+    (folder / "gone.kernels").write_bytes(b"k")
+    if left is not None:
+        kept.write_bytes(left)
+    for rows in (1, 2, 4, 3):
+        runner(inputs(rows))
+    assert [path.read_bytes() for path in folder.iterdir()] == [b"kk"], "one for each context; what is of no entry goes"
+    again = made()
+    again(inputs(1))
+    [engine] = again.library.engines  # type: ignore[attr-defined]
+    assert engine.kernels.content == b"kkk", "what was kept, and what the new context added"
 
 
 @pytest.mark.parametrize(

@@ -72,17 +72,6 @@ class Library:
         flag = getattr(self.load().NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return builder.create_network(0 if flag is None else 1 << int(flag))
 
-    def create_context(self, engine: Any) -> Any:
-        """An execution context that holds memory for its own profile only, None if there is too little."""
-        trt = self.load()
-        strategy = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        if not self.ahead_of_time:
-            return engine.create_execution_context(strategy)
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return engine.create_execution_context(config)
-
     def compute_capabilities(self) -> tuple[tuple[int, int], ...]:
         """Of the devices that an engine can be built for by name; TensorRT-RTX only."""
         names = [name for name in self.load().ComputeCapability.__members__ if name.startswith("SM")]

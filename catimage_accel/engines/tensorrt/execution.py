@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from catimage_accel.engines.tensorrt.api import Library
+from catimage_accel.engines.tensorrt.contexts import Contexts
 from catimage_accel.engines.tensorrt.log import Log
 from catimage_accel.engines.unavailable import EngineUnavailable
 
@@ -35,10 +36,12 @@ class Bucket:
     that run gave.
     """
 
-    def __init__(self, library: Library, engine: Any, profile: int, lane: Ordering, log: Log) -> None:
+    def __init__(
+        self, library: Library, engine: Any, contexts: Contexts, profile: int, lane: Ordering, log: Log
+    ) -> None:
         """Raises EngineUnavailable if there is too little memory or the engine wants what is not known here."""
         self._library, self._lane, self._log = library, lane, log
-        self._context = library.create_context(engine)
+        self._context = contexts.create()
         if self._context is None:
             raise EngineUnavailable(f"{library.title} made no execution context: {log.reason()}")
         trt = library.load()

@@ -19,6 +19,7 @@ from catimage_accel.engines.machine import device_key, os_key
 from catimage_accel.engines.onnx_export import MODEL_FILE, export, export_key
 from catimage_accel.engines.tensorrt.api import Library
 from catimage_accel.engines.tensorrt.builder import build_engine
+from catimage_accel.engines.tensorrt.contexts import Contexts
 from catimage_accel.engines.tensorrt.cuda import Lane, current
 from catimage_accel.engines.tensorrt.execution import Bucket
 from catimage_accel.engines.tensorrt.layers import Layer, layers_of_inspector
@@ -165,6 +166,7 @@ class _Loaded:
         self._library, self._profile, self._lane, self._log = library, profile, lane, Log()
         with current(lane.device):
             self._engine, self._alive = _deserialize(library, (entry.folder / ENGINE_FILE).read_bytes(), self._log)
+            self._contexts = Contexts(library, self._engine, _kernels(entry))
         self._buckets: dict[int, Bucket] = {}
 
     @property
@@ -174,9 +176,22 @@ class _Loaded:
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows, index = check_inputs(inputs, self._profile)
         with self._lane.call():
-            if index not in self._buckets:
-                self._buckets[index] = Bucket(self._library, self._engine, index, self._lane, self._log)
-            return self._buckets[index].run(inputs, rows)
+            if index in self._buckets:
+                return self._buckets[index].run(inputs, rows)
+            bucket = Bucket(self._library, self._engine, self._contexts, index, self._lane, self._log)
+            outputs = bucket.run(inputs, rows)
+            self._buckets[index] = bucket
+        self._contexts.keep()
+        return outputs
+
+
+def _kernels(entry: CacheEntry) -> Path:
+    """Where what is compiled for an entry on its device is kept; what belonged to entries that are gone goes."""
+    folder = entry.folder.parent / "tensorrt"
+    for path in folder.glob("*.kernels"):
+        if not (entry.folder.parent / path.stem).is_dir():
+            path.unlink(missing_ok=True)
+    return folder / f"{entry.key.digest}.kernels"
 
 
 def _deserialize(library: Library, plan: bytes, log: Log) -> tuple[Any, tuple[Any, ...]]:
