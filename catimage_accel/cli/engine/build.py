@@ -151,7 +151,9 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table(title="INT8: of the convolutions and matrix products, those computed in it; weights stored in 8 bits")
+    table = Table(
+        title="INT8: of the convolutions and matrix products, those of INT8 inputs and weights; weights stored in 8 bits"
+    )
     for heading in ("engine", "component", "precision", "profile"):
         table.add_column(heading, overflow="fold")
     for heading in ("size", "seconds", "from", "INT8 layers", "weights"):

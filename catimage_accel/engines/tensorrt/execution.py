@@ -58,11 +58,21 @@ class Bucket:
         for name in inputs:
             shape = tuple(engine.get_tensor_profile_shape(name, profile)[2])
             self._check(self._context.set_input_shape(name, shape), f"shape {shape} of {name!r}")
-        if unknown := self._context.infer_shapes():
-            raise EngineUnavailable(f"{library.title} can't tell the shape of {', '.join(unknown)} in the built engine")
+        try:
+            unknown = ", ".join(self._context.infer_shapes())
+        except RuntimeError as error:
+            unknown = " ".join(str(error).split())
+        if unknown:
+            raise EngineUnavailable(f"{library.title} can't infer shapes in the built engine: {unknown}")
         for name in names:
             dtype = library.torch_dtype(engine.get_tensor_dtype(name))
-            buffer = torch.zeros(tuple(self._context.get_tensor_shape(name)), dtype=dtype, device=lane.device)
+            shape = tuple(self._context.get_tensor_shape(name))
+            try:
+                buffer = torch.zeros(shape, dtype=dtype, device=lane.device)
+            except torch.OutOfMemoryError:
+                raise EngineUnavailable(
+                    f"{library.title} has no memory left for {name!r} of shape {shape}; free some, or use 'eager'"
+                ) from None
             (self.inputs if name in inputs else self.outputs)[name] = buffer
             self._check(self._context.set_tensor_address(name, buffer.data_ptr()), f"address of {name!r}")
         self._replay: Callable[[], None] | None = None

@@ -56,7 +56,10 @@ class Layer:
 
     @property
     def precision(self) -> str:
-        """The type that it multiplies in: "INT8" only where activation and weights both are."""
+        """The type of what it multiplies: "INT8" only where activation and weights both are.
+
+        Which kernel does so TensorRT-RTX decides on the device.
+        """
         first = self.inputs[0] if self.inputs else (self.outputs[0] if self.outputs else "?")
         if not self.multiplies or self.weights == first:
             return first
