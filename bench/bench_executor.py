@@ -2,12 +2,12 @@
 
     python bench/bench_executor.py [--prompts FILE] [--catalog emoji] [--json FILE]
 
-Both draw the same prompts with the same candidates and seeds, in float32, to uint8 images. The loop is
-what a diffusers user writes: one StableDiffusionPipeline a UNet, the candidate's scheduler set before each call,
-prompts of one candidate in turn so that none is rebuilt needlessly, no progress bar. DeepCache candidates are left out
-of the routing, for the loop has none. Rounds alternate between the two; the ratio is that of the medians. With
-``--untrained`` no catalog is needed: random weights of the zoo's shapes and candidates in turn, as speed does not
-depend on either.
+All draw the same prompts with the same candidates and seeds, in float32, to uint8 images: the loop, the executor with
+PyTorch ("executor"), and the executor with the engines that the catalog measured fastest ("engines"). The loop is what
+a diffusers user writes: one StableDiffusionPipeline a UNet, the candidate's scheduler set before each call, prompts of
+one candidate in turn so that none is rebuilt needlessly, no progress bar. DeepCache candidates are left out of the
+routing, for the loop has none. Rounds alternate; a ratio is that of the medians. With ``--untrained`` no catalog is
+needed: random weights of the zoo's shapes and candidates in turn, as speed does not depend on either.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ from diffusers import (
 
 from catimage_accel.catalog import Candidate, Catalog
 from catimage_accel.executor import Executor, Job
+from catimage_accel.profiling import catalog_executor
+from catimage_accel.storage import write_atomic
 
 ROUTING_ROUNDS = 9
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
@@ -150,22 +153,28 @@ def main() -> None:
             catalog = Catalog.load(args.catalog)
             resolve = catalog.resolve_model
             candidates, routing_seconds = routed(catalog, prompts, args.tradeoff)
-        executor = Executor(device="cpu", max_batch=args.max_batch, resolve_model=resolve)
         loop = DiffusersLoop(candidates, resolve)
+        draw: dict[str, Callable[[list[str], list[Candidate]], list[np.ndarray]]] = {"diffusers": loop.draw}
+        executor = Executor(device="cpu", max_batch=args.max_batch, resolve_model=resolve)
+        draw["executor"] = partial(draw_with_executor, executor)
+        if not args.untrained:
+            fastest = catalog_executor(catalog, torch.device("cpu"), max_batch=args.max_batch)
+            draw["engines"] = partial(draw_with_executor, fastest)
         first = {c.name: index for index, c in reversed(list(enumerate(candidates)))}  # warm both up, and compare
         few, theirs = [prompts[i] for i in first.values()], [candidates[i] for i in first.values()]
-        pairs = zip(loop.draw(few, theirs), draw_with_executor(executor, few, theirs), strict=True)
-        difference = max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in pairs)
+        pictures = {name: np.stack(own(few, theirs)).astype(int) for name, own in draw.items()}
+        plain = pictures.pop("diffusers")
+        difference = {name: int(np.abs(own - plain).max()) for name, own in pictures.items()}
+        # Engines are built for a batch size when it is first met.
+        for own in draw.values():
+            own(prompts, candidates)
 
-        wall: dict[str, list[float]] = {"diffusers": [], "executor": []}
-        cpu: dict[str, list[float]] = {"diffusers": [], "executor": []}
+        wall: dict[str, list[float]] = {name: [] for name in draw}
+        cpu: dict[str, list[float]] = {name: [] for name in draw}
         for _ in range(args.rounds):
             for name in wall:
                 start, start_cpu = time.perf_counter(), time.process_time()
-                if name == "diffusers":
-                    loop.draw(prompts, candidates)
-                else:
-                    draw_with_executor(executor, prompts, candidates)
+                draw[name](prompts, candidates)
                 wall[name].append(time.perf_counter() - start)
                 cpu[name].append(time.process_time() - start_cpu)
 
@@ -175,11 +184,11 @@ def main() -> None:
         "images": len(prompts),
         "candidates": Counter(c.name for c in candidates),
         "images_a_second": {name: len(prompts) / value for name, value in seconds.items()},
-        "ratio": seconds["diffusers"] / seconds["executor"],
+        "ratio": {name: seconds["diffusers"] / seconds[name] for name in difference},
         "cpu_seconds": cpu_seconds,
-        "cpu_seconds_ratio": cpu_seconds["diffusers"] / cpu_seconds["executor"],
-        "routing_share": statistics.median(routing_seconds) / seconds["executor"],
-        "first_routing_share": routing_seconds[0] / seconds["executor"],
+        "cpu_seconds_ratio": {name: cpu_seconds["diffusers"] / cpu_seconds[name] for name in difference},
+        "routing_share": {name: statistics.median(routing_seconds) / seconds[name] for name in difference},
+        "first_routing_share": {name: routing_seconds[0] / seconds[name] for name in difference},
         "largest_pixel_difference": difference,
         "rounds": args.rounds,
         "max_batch": args.max_batch,
@@ -189,15 +198,14 @@ def main() -> None:
     }  # fmt: skip
     for name, rate in result["images_a_second"].items():
         print(f"{name:10} {rate:7.3f} images/s")
-    print(f"ratio      {result['ratio']:7.3f}   (of CPU time: {result['cpu_seconds_ratio']:.3f})")
-    print(
-        f"routing    {result['routing_share']:7.2%} of the time, {result['first_routing_share']:.2%} the first "
-        f"time; largest pixel difference {difference}"
-    )
+    for name in difference:
+        print(
+            f"{name:10} {result['ratio'][name]:7.3f} times diffusers' (of CPU time: "
+            f"{result['cpu_seconds_ratio'][name]:.3f}); routing {result['routing_share'][name]:.2%} of the time, "
+            f"{result['first_routing_share'][name]:.2%} the first time; largest pixel difference {difference[name]}"
+        )
     if args.json:
-        partial = args.json.with_suffix(args.json.suffix + ".part")
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, args.json)
+        write_atomic(args.json, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from catimage_accel.engines.cache_entry import (
     CacheEntry,
     EngineKey,
     check_files,
-    folder_to_disk,
     read_entry,
     read_record,
     seal,
+    to_disk,
 )
 from catimage_accel.engines.unavailable import EngineUnavailable
 
@@ -182,7 +182,7 @@ class EngineCache:
             os.rename(hidden, folder)
         finally:
             _delete(hidden)
-        folder_to_disk(self.folder)
+        to_disk(self.folder)
         return read_entry(folder)
 
     def _evict(self, limit: int, keep: str | None = None) -> list[CacheEntry]:
@@ -191,7 +191,7 @@ class EngineCache:
         with self._lock("evict"):
             stored = sorted((_last_used(folder), _bytes(folder), folder) for folder in self._folders())
             total = sum(size for _, size, _ in stored)
-            for _, size, folder in stored:
+            for used, size, folder in stored:
                 if total <= limit:
                     break
                 if folder.name == keep:
@@ -200,6 +200,8 @@ class EngineCache:
                 with suppress(ValueError, OSError):
                     entry = read_entry(folder)
                 with suppress(Timeout), self._lock(folder.name).acquire(timeout=0):
+                    if _last_used(folder) != used:  # used or gone since it was counted
+                        continue
                     self._discard(folder)
                     total -= size
                     removed += [entry] if entry else []
@@ -236,8 +238,8 @@ class EngineCache:
         """What is wrong with the cache's disk and what to do about it; None if ``error`` is of something else."""
         if error.errno in _FULL:
             return (
-                f"the disk is full ({error.strerror}); free some, or set CATIMAGE_ENGINE_CACHE, now {self.folder}, "
-                "to a folder on another"
+                f"the disk is full ({error}); make room, as `catimage engine prune --all` does, or set "
+                f"CATIMAGE_ENGINE_CACHE, now {self.folder}, to a folder on another disk"
             )
         place = Path(os.fsdecode(error.filename)) if error.filename is not None else None
         own = place is not None and (place.is_relative_to(self.folder) or self.folder.is_relative_to(place))

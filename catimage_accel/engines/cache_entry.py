@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -15,10 +16,21 @@ from pydantic import AfterValidator, AwareDatetime, Field
 
 from catimage_accel.storage import FileChecksum, Strict, file_sha256, read_json, validated, write_atomic
 
-__all__ = ["RECORD_FILE", "CacheEntry", "EngineKey", "EntryRecord", "check_files", "read_entry", "read_record", "seal"]
+__all__ = [
+    "RECORD_FILE",
+    "CacheEntry",
+    "EngineKey",
+    "EntryRecord",
+    "check_files",
+    "read_entry",
+    "read_record",
+    "seal",
+    "to_disk",
+]
 
 RECORD_FILE = "entry.json"
 _FORMAT = 1
+_CLOCK_TICK = 0.1  # seconds; a file changed twice within a tick of the file system's clock shows the same times
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,7 @@ def seal(folder: Path, key: EngineKey, build_seconds: float) -> None:
         raise ValueError(f"the build of {key.component} for {key.runtime} wrote {RECORD_FILE}; that name is taken")
     files = {}
     for name in names:
-        _to_disk(folder / name)
+        to_disk(folder / name)
         files[name] = {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
     values: dict[str, Any] = {
         "format": _FORMAT, "key": {**asdict(key), "options": dict(key.options)},
@@ -132,9 +144,9 @@ def seal(folder: Path, key: EngineKey, build_seconds: float) -> None:
     validated(EntryRecord, values, f"what the build of {key.component} for {key.runtime} wrote")
     text = json.dumps(values, indent=1) + "\n"
     write_atomic(folder / RECORD_FILE, text.encode())
-    _to_disk(folder / RECORD_FILE)
+    to_disk(folder / RECORD_FILE)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        folder_to_disk(path)
+        to_disk(path)
 
 
 def read_record(folder: Path) -> EntryRecord:
@@ -182,20 +194,18 @@ def check_files(folder: Path, record: EntryRecord, known: dict[Path, tuple[Any, 
             continue
         if (digest := file_sha256(file)) != expected.sha256:
             raise ValueError(f"{name} was changed: its sha256 is {digest}, {RECORD_FILE} says {expected.sha256}")
-        known[file] = state_now
+        if time.time() - status.st_ctime > _CLOCK_TICK:
+            known[file] = state_now
     # Network file systems keep hidden files for what was deleted while open; nobody loads those.
     extra = sorted(name for name in _files(folder) if name not in record.files and not Path(name).name.startswith("."))
     if extra != [RECORD_FILE]:
         raise ValueError(f"{next(name for name in extra if name != RECORD_FILE)} is there, but not in {RECORD_FILE}")
 
 
-def folder_to_disk(folder: Path) -> None:
-    """Has the disk keep the names in ``folder``, where the system can be asked to."""
-    if os.name == "posix":
-        _to_disk(folder)
-
-
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Has the disk keep a file's content, or the names in a folder, where the system can be asked to."""
+    if os.name != "posix":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from cache_parts import KEY, builds, hidden, keys, never, visible
 
+from catimage_accel.engines import cache as cache_module
 from catimage_accel.engines.cache import CacheEntry, EngineCache
 
 
@@ -92,3 +93,16 @@ def test_a_build_may_need_another_entry(tmp_path: Path) -> None:
     entry = cache.get_or_build(KEY, build)
     assert (entry.folder / "graph").read_bytes() == b"graph"
     assert (entry.folder / "engine").stat().st_size == 100
+
+
+def test_what_is_used_while_room_is_made_stays(cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = fill(cache, 3)
+    read_entry = cache_module.read_entry
+
+    def used_by_another_process(folder: Path) -> CacheEntry:
+        os.utime(entries[0].folder / "entry.json")
+        return read_entry(folder)
+
+    monkeypatch.setattr(cache_module, "read_entry", used_by_another_process)
+    assert [entry.key.profile for entry in cache.prune(cache.disk_bytes() - 1)] == ["rows=2"]
+    assert profiles(cache) == {"rows=1", "rows=3"}
