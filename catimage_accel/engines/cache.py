@@ -96,6 +96,12 @@ class EngineCache:
         except _DAMAGE:
             return None
 
+    def discard(self, key: EngineKey) -> None:
+        """Removes the entry of ``key``: whole, but of no use to the library that it is for."""
+        with self.held(key):
+            if os.path.lexists(folder := self.folder / key.digest):
+                self._discard(folder)
+
     @contextmanager
     def held(self, key: EngineKey) -> Iterator[None]:
         """While this lasts no other thread or process builds or removes the entry of ``key``."""

@@ -64,6 +64,11 @@ def type_scales(model: Any, dtype: torch.dtype) -> None:
     for proto in protos:
         scale = _tensor(proto).to(dtype).clamp(min=torch.finfo(dtype).smallest_normal)
         proto.CopyFrom(_proto(proto.name, scale, onnx_type(dtype)))
+    # What torch wrote down of the types that follow from the scales is no longer so.
+    scaled = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for value in [*model.graph.output, *model.graph.value_info]:
+        if value.name in scaled:
+            value.type.tensor_type.elem_type = onnx_type(dtype)
 
 
 def _codes(weight: Tensor, scale: Tensor, axis: int, integers: bool) -> Tensor:

@@ -29,6 +29,8 @@ _IN_TORCH = {
 _RUNTIMES = {
     "onnxruntime": "catimage_accel.engines.onnxruntime",
     "openvino": "catimage_accel.engines.openvino",
+    "tensorrt": "catimage_accel.engines.tensorrt",
+    "tensorrt-rtx": "catimage_accel.engines.tensorrt",
 }
 ENGINES = (*_IN_TORCH, *_RUNTIMES)
 LAST = "eager"
