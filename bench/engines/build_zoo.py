@@ -4,9 +4,9 @@
 
 Both UNets in float32, float16 and INT8 (quantized here with ModelOpt, from a few prompts), DeepCache's graphs and the
 decoder, each built from nothing, one after the other: seconds, sizes, and how many of an engine's convolutions and
-matrix products have INT8 inputs and weights, as the builder tells. TensorRT-RTX builds without a CUDA device and finishes on
-one, so nothing here says how fast an engine runs; for it NVIDIA promises INT8 for the weights of matrix products
-alone. Results go to ``bench/results/cpu/`` (or the device's), or to the folder that OUT names.
+matrix products have INT8 inputs and weights, as the builder tells. TensorRT-RTX builds without a CUDA device and
+finishes on one, so nothing here says how fast an engine runs; for it NVIDIA promises INT8 for the weights of matrix
+products alone. Results go to ``bench/results/cpu/`` (or the device's), or to the folder that OUT names.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def show(results: list[dict[str, Any]]) -> None:
         )
         for row in results
     ]  # fmt: skip
-    print_table("Convolutions and matrix products of INT8 inputs and weights; weights that went in as INT8", columns, lines)
+    print_table("INT8: convolutions and matrix products of INT8 inputs and weights", columns, lines)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(
-        title="INT8: of the convolutions and matrix products, those of INT8 inputs and weights; weights stored in 8 bits"
+        title="INT8 layers: convolutions and matrix products of INT8 inputs and weights; weights: stored in 8 bits"
     )
     for heading in ("engine", "component", "precision", "profile"):
         table.add_column(heading, overflow="fold")
