@@ -109,7 +109,7 @@ class _RecordingEngine:
 
     def __init__(self, engine: Engine, recorder: _Recorder) -> None:
         self._engine, self._recorder = engine, recorder
-        self.device, self.dtype, self.channels = engine.device, engine.dtype, engine.channels
+        self.name, self.device, self.dtype, self.channels = engine.name, engine.device, engine.dtype, engine.channels
         self.sample_size, self.scale_factor = engine.sample_size, engine.scale_factor
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextState]:
