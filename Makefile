@@ -34,7 +34,7 @@ lint: $(VENV)/installed-dev
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed (Debian: apt install python3-venv), or PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable .
+	$(INSTALL) --editable ".[cpu]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
