@@ -32,6 +32,9 @@ HEAD_DIMS = {
         *(("fp32", head_dim) for head_dim in (8, 40, 80, 96, 128, 160, 192, 256)),
     ],
 }  # "common" is what SD1.x, SD2.x and SDXL have
+INT8_MMA = r"(wgmma\.mma_async|mma)\.sync\.[^\n]*\.s32\.s8\.s8"  # int32 sums of INT8 products in a tensor core
+INT8_SCALES = ("x_scale", "output_scale", "inverse_output_scale")
+CHANNELS = ("in_features", "out_features", "channels", "out_channels")  # multiples of 16 where a block divides them
 # A kernel, its launch: a pointer's type for every name that ends in _ptr, "fp32" for floats; other names are int32.
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]
 
@@ -95,13 +98,45 @@ def guided_step_cases() -> Iterator[Case]:
     yield "guided_step step", module.step_kernel, types, {"BLOCK": module.BLOCK, "LANES": 64, "num_warps": 4, **flags}
 
 
+def int8_cases(part: str) -> Iterator[Case]:
+    """Products whose sizes the blocks divide ("common", as all of SDXL's) or not."""
+    types = {"x_ptr": "*i8", "weight_ptr": "*i8", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp16",
+             "residual_ptr": "*fp16", "out_ptr": "*fp16", **dict.fromkeys(INT8_SCALES, "fp32")}  # fmt: skip
+    even = part == "common"
+    flags = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "QUANTIZED": True, "EVEN_K": even}
+    kernels = {
+        "int8_linear": [("", {})],
+        "int8_conv": [
+            (f" {size}x{size} stride {stride}", {"KERNEL_HEIGHT": size, "KERNEL_WIDTH": size, "STRIDE": stride})
+            for size, stride in ((3, 1), (3, 2), (1, 1))
+        ],
+    }
+    for op, shapes in kernels.items():
+        module = import_module(f"catimage_accel.kernels.{op}.triton")
+        for rows in (16, 128, 8192):
+            config = launch_config(op, DEVICE, rows=rows)
+            for name, shape in shapes:
+                case = f"{op}{name}, {rows} rows" + " ragged" * (not even)
+                yield case, getattr(module, f"{op}_kernel"), types, config | flags | shape
+
+
+def int8_quantize_cases() -> Iterator[Case]:
+    module = import_module("catimage_accel.kernels.int8_quantize.triton")
+    types = {"x_ptr": "*bf16", "input_scale_ptr": "*fp32", "y_ptr": "*i8", "inverse_scale": "fp32"}
+    for scaled in (False, True):
+        launch = launch_config("int8_quantize", DEVICE, numel=2**20) | {"HAS_INPUT_SCALE": scaled}
+        yield "int8_quantize" + " with SmoothQuant" * scaled, module.int8_quantize_kernel, types, launch
+
+
 def cases(part: str) -> Iterator[Case]:
     yield from attention_cases(part)
+    yield from int8_cases(part)
     if part == "common":
         yield from group_norm_cases()
         yield from layer_norm_cases()
         yield from geglu_cases()
         yield from guided_step_cases()
+        yield from int8_quantize_cases()
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
@@ -111,7 +146,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (key, kind) in enumerate(signature.items())
-        if kind[0] == "*" or key.endswith("stride")
+        if kind[0] == "*" or key.endswith("stride") or (key in CHANNELS and launch.get("EVEN_K"))
     }
     options = {key: launch[key] for key in ("num_warps", "num_stages") if key in launch}
     compiled = triton.compile(
@@ -130,6 +165,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     return {
         "case": name, "capability": capability, **found,
         "shared": compiled.metadata.shared, "wgmma": "wgmma" in compiled.asm["ptx"],
+        "int8_mma": bool(re.search(INT8_MMA, compiled.asm["ptx"])),
     }  # fmt: skip
 
 
