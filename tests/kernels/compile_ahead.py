@@ -34,7 +34,7 @@ HEAD_DIMS = {
 }  # "common" is what SD1.x, SD2.x and SDXL have
 INT8_MMA = r"(wgmma\.mma_async|mma)\.sync\.[^\n]*\.s32\.s8\.s8"  # int32 sums of INT8 products in a tensor core
 INT8_SCALES = ("x_scale", "output_scale", "inverse_output_scale")
-CHANNELS = ("in_features", "out_features", "channels", "out_channels")  # multiples of 16 where a block divides them
+CHANNELS = ("in_features", "out_features", "channels", "out_channels")
 # A kernel, its launch: a pointer's type for every name that ends in _ptr, "fp32" for floats; other names are int32.
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]
 
@@ -99,11 +99,10 @@ def guided_step_cases() -> Iterator[Case]:
 
 
 def int8_cases(part: str) -> Iterator[Case]:
-    """Products whose sizes the blocks divide ("common", as all of SDXL's) or not."""
+    """Products whose sizes the blocks divide ("common", as SD1.5's and SDXL's) or not, down to single bytes."""
     types = {"x_ptr": "*i8", "weight_ptr": "*i8", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp16",
              "residual_ptr": "*fp16", "out_ptr": "*fp16", **dict.fromkeys(INT8_SCALES, "fp32")}  # fmt: skip
-    even = part == "common"
-    flags = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "QUANTIZED": True, "EVEN_K": even}
+    flags = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "QUANTIZED": True}
     kernels = {
         "int8_linear": [("", {})],
         "int8_conv": [
@@ -112,12 +111,14 @@ def int8_cases(part: str) -> Iterator[Case]:
         ],
     }
     for op, shapes in kernels.items():
-        module = import_module(f"catimage_accel.kernels.{op}.triton")
+        kernel = getattr(import_module(f"catimage_accel.kernels.{op}.triton"), f"{op}_kernel")
         for rows in (16, 128, 8192):
-            config = launch_config(op, DEVICE, rows=rows)
             for name, shape in shapes:
-                case = f"{op}{name}, {rows} rows" + " ragged" * (not even)
-                yield case, getattr(module, f"{op}_kernel"), types, config | flags | shape
+                for aligned, even in ((2, True),) if part == "common" else ((2, False), (1, False)):
+                    launch = launch_config(op, DEVICE, aligned=aligned, rows=rows) | flags | shape
+                    launch |= {"EVEN_K": even, "ALIGNED": aligned == 2}
+                    case = f"{op}{name}, {rows} rows" + " ragged" * (not even) + " bytes" * (aligned == 1)
+                    yield case, kernel, types, launch
 
 
 def int8_quantize_cases() -> Iterator[Case]:
@@ -146,7 +147,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (key, kind) in enumerate(signature.items())
-        if kind[0] == "*" or key.endswith("stride") or (key in CHANNELS and launch.get("EVEN_K"))
+        if kind[0] == "*" or key.endswith("stride") or (key in CHANNELS and launch.get("ALIGNED"))
     }
     options = {key: launch[key] for key in ("num_warps", "num_stages") if key in launch}
     compiled = triton.compile(
