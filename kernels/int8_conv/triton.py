@@ -70,7 +70,7 @@ def int8_conv_kernel(
     weight_pointers = weight_ptr + column.to(tl.int64)[:, None] * (TAPS * channels) + lane[None, :]
     channel_blocks = tl.cdiv(channels, BLOCK_K)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for step in range(0, TAPS * channel_blocks):
+    for step in range(TAPS * channel_blocks):
         tap = step // channel_blocks
         first = step % channel_blocks * BLOCK_K
         down, across = tap // KERNEL_WIDTH, tap % KERNEL_WIDTH

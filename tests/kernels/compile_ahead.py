@@ -34,7 +34,11 @@ HEAD_DIMS = {
 }  # "common" is what SD1.x, SD2.x and SDXL have
 INT8_MMA = r"(wgmma\.mma_async|mma)\.sync\.[^\n]*\.s32\.s8\.s8"  # int32 sums of INT8 products in a tensor core
 INT8_SCALES = ("x_scale", "output_scale", "inverse_output_scale")
-CHANNELS = ("in_features", "out_features", "channels", "out_channels")
+IN, OUT = dict.fromkeys(("in_features", "channels"), "by 16"), dict.fromkeys(("out_features", "out_channels"), "by 16")
+INT8_SIZES = {  # launch configs' "aligned", whether the blocks divide the sums, which sizes are divisible by 16
+    "common": {"": (2, True, IN | OUT)},
+    "rest": {", sums end inside a block": (2, False, IN | OUT), ", odd results": (2, True, IN), ", odd": (1, False, {})},
+}
 # A kernel, its launch: a pointer's type for every name that ends in _ptr, "fp32" for floats; other names are int32.
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]
 
@@ -57,35 +61,44 @@ def attention_cases(part: str) -> Iterator[Case]:
 def group_norm_cases() -> Iterator[Case]:
     module = import_module("catimage_accel.kernels.group_norm.triton")
     pointers = dict.fromkeys(("x_ptr", "shift_ptr", "y_ptr", "weight_ptr", "bias_ptr"), "*bf16")
-    types = pointers | {"partials_ptr": "*fp32", "moments_ptr": "*fp32", "eps": "fp32"}
+    types = pointers | {"partials_ptr": "*fp32", "moments_ptr": "*fp32"}
+    types |= {"eps": "fp32", "inverse_output_scale": "fp32"}
     nchw = launch_config("group_norm", DEVICE, channels_last=1, pixels=4096)
     nhwc = launch_config("group_norm", DEVICE, channels_last=2, pixels=4096)
     combine = {"CHUNK": nchw["CHUNK"], "BLOCK": nchw["COMBINE"], "num_warps": 4}
     yield "group_norm combine", module.combine_kernel, types, combine
     for shift in (False, True):
-        flags = {"HAS_SHIFT": shift, "HAS_WEIGHT": True, "HAS_BIAS": True, "SILU": True}
+        flags = {"HAS_SHIFT": shift, "HAS_WEIGHT": True, "HAS_BIAS": True, "SILU": True, "QUANTIZED": False}
         shifted = " with shift" * shift
         yield f"group_norm moments nchw{shifted}", module.moments_nchw_kernel, types, nchw | flags
         yield f"group_norm moments nhwc{shifted}", module.moments_nhwc_kernel, types, nhwc | flags
         yield f"group_norm apply nchw{shifted}", module.apply_nchw_kernel, types, nchw | flags
         yield f"group_norm apply nhwc{shifted}", module.apply_nhwc_kernel, types, nhwc | flags
+    types["y_ptr"], flags["QUANTIZED"] = "*i8", True
+    yield "group_norm apply nchw to INT8", module.apply_nchw_kernel, types, nchw | flags
+    yield "group_norm apply nhwc to INT8", module.apply_nhwc_kernel, types, nhwc | flags
 
 
 def layer_norm_cases() -> Iterator[Case]:
     module = import_module("catimage_accel.kernels.layer_norm.triton")
     pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "y_ptr", "total_ptr"), "*bf16")
+    types = pointers | dict.fromkeys(("eps", "inverse_output_scale"), "fp32")
     flags = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_BIAS": True}
     for width in (320, 640, 1280, 2048, 4096, 8192, 16384):
         launch = launch_config("layer_norm", DEVICE, width=width) | flags
         launch["BLOCK_WIDTH"] = triton.next_power_of_2(width)
-        yield f"layer_norm {width}", module.layer_norm_kernel, pointers | {"eps": "fp32"}, launch
+        yield f"layer_norm {width}", module.layer_norm_kernel, types, launch | {"QUANTIZED": False}
+        to_int8 = types | {"y_ptr": "*i8"}
+        yield f"layer_norm {width} to INT8", module.layer_norm_kernel, to_int8, launch | {"QUANTIZED": True}
 
 
 def geglu_cases() -> Iterator[Case]:
     module = import_module("catimage_accel.kernels.geglu.triton")
     for dtype in ("bf16", "fp32"):
-        types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
-        yield f"geglu {dtype}", module.geglu_kernel, types, launch_config("geglu", DEVICE, width=1280)
+        for written in (dtype, "i8"):
+            types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{written}", "inverse_output_scale": "fp32"}
+            launch = launch_config("geglu", DEVICE, width=1280) | {"QUANTIZED": written == "i8"}
+            yield f"geglu {dtype} to {written}", module.geglu_kernel, types, launch
 
 
 def guided_step_cases() -> Iterator[Case]:
@@ -112,13 +125,11 @@ def int8_cases(part: str) -> Iterator[Case]:
     }
     for op, shapes in kernels.items():
         kernel = getattr(import_module(f"catimage_accel.kernels.{op}.triton"), f"{op}_kernel")
-        for rows in (16, 128, 8192):
+        for rows in (16, 128, 8192) if op == "int8_linear" else (128, 8192):
             for name, shape in shapes:
-                for aligned, even in ((2, True),) if part == "common" else ((2, False), (1, False)):
+                for sizes, (aligned, even, divisible) in INT8_SIZES[part].items():
                     launch = launch_config(op, DEVICE, aligned=aligned, rows=rows) | flags | shape
-                    launch |= {"EVEN_K": even, "ALIGNED": aligned == 2}
-                    case = f"{op}{name}, {rows} rows" + " ragged" * (not even) + " bytes" * (aligned == 1)
-                    yield case, kernel, types, launch
+                    yield f"{op}{name}, {rows} rows{sizes}", kernel, types, launch | {"EVEN_K": even} | divisible
 
 
 def int8_quantize_cases() -> Iterator[Case]:
@@ -142,12 +153,12 @@ def cases(part: str) -> Iterator[Case]:
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
     name, kernel, types, launch = case
-    constexprs = {key: value for key, value in launch.items() if key in kernel.arg_names}
+    constexprs = {key: value for key, value in launch.items() if key in kernel.arg_names and value != "by 16"}
     signature = {key: "constexpr" if key in constexprs else types.get(key, "i32") for key in kernel.arg_names}
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (key, kind) in enumerate(signature.items())
-        if kind[0] == "*" or key.endswith("stride") or (key in CHANNELS and launch.get("ALIGNED"))
+        if kind[0] == "*" or key.endswith("stride") or launch.get(key) == "by 16"
     }
     options = {key: launch[key] for key in ("num_warps", "num_stages") if key in launch}
     compiled = triton.compile(
