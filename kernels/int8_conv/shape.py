@@ -19,6 +19,6 @@ def tuned_shape(out: tuple[int, int, int, int], weight: Tensor) -> dict[str, int
     """As ``launch_config`` takes it, the most decisive first."""
     out_channels, in_channels, height, width = weight.shape
     return {
-        "aligned": aligned(in_channels), "rows": out[0] * out[2] * out[3], "out_channels": out_channels,
+        "aligned": aligned(in_channels, out_channels), "rows": out[0] * out[2] * out[3], "out_channels": out_channels,
         "taps": height * width, "in_channels": in_channels,
     }  # fmt: skip

@@ -13,7 +13,7 @@ def validate(x: Tensor, scale: float, input_scale: Tensor | None) -> None:
     """Raises ValueError naming the first argument that is off, its value and what is accepted."""
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; accepted: a floating-point tensor of at least 1 dimension"
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; accepted: a floating-point tensor with dimensions"
         )
     check_scale("scale", scale)
     if input_scale is None:

@@ -56,6 +56,7 @@ class Workload:
     bytes: int = 0  # inputs read once, results written once
     exact_as_is: tuple[str, ...] = ()  # tensor arguments that the op takes in one dtype only
     unquantized: Arguments = field(default_factory=dict)  # what to change in the arguments so that it stays unrounded
+    libraries: tuple[str, ...] = ()  # further implementations of the op, through torch's own ops
     # The same work without quantization, where the op is a quantized layer: its cost is what INT8 has to beat.
     rival: Callable[[Arguments], Callable[[], Any]] | None = None
 

@@ -37,8 +37,10 @@ INT8_SCALES = ("x_scale", "output_scale", "inverse_output_scale")
 IN, OUT = dict.fromkeys(("in_features", "channels"), "by 16"), dict.fromkeys(("out_features", "out_channels"), "by 16")
 INT8_SIZES = {  # launch configs' "aligned", whether the blocks divide the sums, which sizes are divisible by 16
     "common": {"": (2, True, IN | OUT)},
-    "rest": {", sums end inside a block": (2, False, IN | OUT), ", odd results": (2, True, IN), ", odd": (1, False, {})},
-}
+    "rest": {
+        ", sums end inside a block": (2, False, IN | OUT), ", odd results": (1, True, IN), ", odd": (1, False, {}),
+    },
+}  # fmt: skip
 # A kernel, its launch: a pointer's type for every name that ends in _ptr, "fp32" for floats; other names are int32.
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]
 

@@ -196,11 +196,13 @@ def test_opcheck_of_producers() -> None:
     torch.library.opcheck(ops.geglu.default, (x, 0.02))
 
 
-@pytest.mark.parametrize("op", [lambda **k: group_norm(torch.ones(1, 2, 3), 1, **k),
-                                lambda **k: layer_norm(torch.ones(2, 3), **k), lambda **k: geglu(torch.ones(2, 4), **k)])  # fmt: skip
-def test_bad_output_scales(op: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [(group_norm, (torch.ones(1, 2, 3), 1)), (layer_norm, (torch.ones(3),)), (geglu, (torch.ones(4),))],
+)
+def test_bad_output_scales(op: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match=r"output_scale is 0.0; accepted: a finite number above 0"):
-        op(output_scale=0.0)
+        op(*arguments, output_scale=0.0)
 
 
 def test_cuda_kernels_write_no_int8() -> None:
