@@ -59,11 +59,12 @@ def root(
     """Draw every prompt with the cheapest candidate that draws it well."""
 
 
-from catimage_accel.cli import bench, candidates, draw, profile, router  # noqa: E402
+from catimage_accel.cli import bench, candidates, draw, profile, quantize, router  # noqa: E402
 
 app.command("generate")(draw.generate)
 app.command("demo")(draw.demo)
 app.command("candidates")(candidates.list_candidates)
 app.command("profile")(profile.profile)
+app.command("quantize")(quantize.quantize)
 app.add_typer(router.app, name="router")
 app.add_typer(bench.app, name="bench")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from catimage_accel.storage import Strict, read_json, validated, write_atomic
 
-__all__ = ["LayerQuantization", "Quantization", "weights_sha256"]
+__all__ = ["LayerQuantization", "Quantization", "check_checkpoint", "weights_sha256"]
 
 JSON_NAME, SCALES_NAME = "quantization.json", "scales.safetensors"
 FORMAT_VERSION = 1
@@ -171,15 +171,41 @@ def weights_sha256(model: Path, unet: str = "unet") -> str:
 
     FileNotFoundError if there is none.
     """
-    folder = model / unet
+    digests = [_file_sha256(path) for path in _weight_files(model / unet)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def check_checkpoint(model: Path, unet: str = "unet") -> None:
+    """ValueError for stored weights that can't be quantized, because they are integers or were quantized before.
+
+    To be asked before they are loaded: loading them as float32 would convert them without a word.
+    """
+    import safetensors
+
+    config = model / unet / "config.json"
+    if config.is_file() and read_json(config).get("quantization_config"):
+        raise ValueError(f"{config} has a quantization_config; accepted: a UNet that was not quantized before")
+    for path in _weight_files(model / unet):
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        for name, kind in kinds.items():
+            if kind not in ("F32", "F16", "BF16"):
+                raise ValueError(
+                    f"{path}: {name} is {kind}; accepted: weights in F32, F16 or BF16, which were not quantized before"
+                )
+
+
+def _weight_files(folder: Path) -> list[Path]:
     for infix in ("", ".fp16"):
         single = folder / f"diffusion_pytorch_model{infix}.safetensors"
         if single.is_file():
-            return _file_sha256(single)
+            return [single]
         index = folder / f"diffusion_pytorch_model.safetensors.index{infix}.json"
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            return hashlib.sha256("\n".join(_file_sha256(folder / name) for name in shards).encode()).hexdigest()
+            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     raise FileNotFoundError(f"{folder} has no diffusion_pytorch_model.safetensors; accepted: a UNet in safetensors")
 
 
