@@ -118,7 +118,7 @@ def fuse(unet: nn.Module) -> dict[str, str]:
     """
     fused: dict[str, str] = {}
     names = {module: name for name, module in unet.named_modules()}
-    for block, name in names.items():
+    for block in names:
         if type(block) is ResnetBlock2D and _is_plain_resnet(block):
             block.__class__ = Int8ResnetBlock2D
             pairs: Iterator[Any] = iter(((block.norm1, block.conv1), (block.norm2, block.conv2)))
