@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from catimage_accel.engines.eager import EagerEngine, SharedParts
-from catimage_accel.engines.int8.blocks import fuse
-from catimage_accel.engines.int8.choice import LayerChoice, choose_layers
-from catimage_accel.engines.int8.layers import Int8Conv2d, Int8Linear
+from catimage_accel.engines.int8.choice import LayerChoice
+from catimage_accel.engines.int8.swap import swap_layers
 from catimage_accel.engines.protocol import TextBatch
 from catimage_accel.engines.unavailable import EngineUnavailable
 from catimage_accel.kernels.dispatch import TRITON_INSTALLED
@@ -64,7 +61,7 @@ class TritonInt8Engine(EagerEngine):
         scales.check_source(model, unet)
         plain = "fp16" if device.type == "cuda" else "fp32"
         super().__init__(model, unet, plain, device, shared)
-        self.layers = _to_int8(self.unet, scales, plain, self._run_once, self.device)
+        self.layers = swap_layers(self.unet, scales, plain, self._run_once, self.device)
 
     @classmethod
     def why_not(cls, device: torch.device) -> str | None:
@@ -87,29 +84,3 @@ class TritonInt8Engine(EagerEngine):
         text = TextBatch(hidden, self._text.keys_values(self.unet.process_encoder_hidden_states(hidden, None)))
         sample = torch.zeros(1, self.channels, *self.sample_size, device=self.device)
         self.denoise(sample, torch.zeros(1, device=self.device), text)
-
-
-def _to_int8(
-    unet: Any, scales: Quantization, plain: str, run: Any, device: torch.device
-) -> tuple[LayerChoice, ...]:  # fmt: skip
-    """Replaces layers and blocks in place; what became of each."""
-    choices = choose_layers(unet, scales, plain, run, device)
-    for choice in choices:
-        if choice.precision == "int8":
-            parent, _, own = choice.name.rpartition(".")
-            layer = unet.get_submodule(choice.name)
-            kind: Any = Int8Conv2d if isinstance(layer, torch.nn.Conv2d) else Int8Linear
-            try:
-                new = kind(layer, scales.layers[choice.name])
-            except ValueError as error:
-                raise ValueError(f"layer {choice.name!r}: {error}") from None
-            setattr(unet.get_submodule(parent), own, new.eval())
-    fused = fuse(unet)
-    return tuple(
-        choice if choice.precision != "int8" else replace(choice, reason=_quantizer(fused.get(choice.name)))
-        for choice in choices
-    )
-
-
-def _quantizer(name: str | None) -> str:
-    return "its input is quantized by a kernel of its own" if name is None else f"its input is quantized by {name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Workload:
     unquantized: Arguments = field(default_factory=dict)  # what to change in the arguments so that it stays unrounded
     libraries: tuple[str, ...] = ()  # further implementations of the op, through torch's own ops
     # The same work without quantization, where the op is a quantized layer: its cost is what INT8 has to beat.
-    rival: Callable[[Arguments], Callable[[], Any]] | None = None
+    rival: Callable[[Arguments], partial[Any]] | None = None
 
     def arguments(self, device: torch.device, seed: int = 0) -> Arguments:
         """Fresh arguments, the same for the same seed."""
