@@ -97,14 +97,13 @@ def matrix_configs(
             yield {"BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_K": block_k, "GROUP": 8, "num_warps": 4, "num_stages": 2}
         return
     depths = ((64, 4), (128, 3))  # about as many bytes under way
-    for block_m, block_n, (block_k, stages), warps in product((16, 64, 128), (64, 128, 256), depths, (4, 8)):
-        if stages * (block_m + block_n) * block_k > shared_memory or block_k > inner:
+    # Wider blocks spill registers.
+    for block_m, block_n, (block_k, stages) in product((16, 64, 128), (64, 128), depths):
+        if stages * (block_m + block_n) * block_k > shared_memory or block_k > max(64, inner):
             continue
-        if (block_m == 16) != (rows < LEAST_ROWS) or block_m * block_n // (32 * warps) not in (8, 16, 32, 64, 128):
-            continue
-        if block_n > max(64, columns) or (block_m < 128 and block_n > 128) or (warps == 8) != (block_m == 128):
+        if (block_m == 16) != (rows < LEAST_ROWS) or block_n > max(64, columns):
             continue
         yield {
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": 8, "num_warps": warps,
-            "num_stages": stages,
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": 8,
+            "num_warps": 8 if block_m == 128 else 4, "num_stages": stages,
         }  # fmt: skip

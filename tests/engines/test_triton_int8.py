@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from catimage_accel.engines import DeepFeatures, EagerEngine, Engine
 from catimage_accel.engines.int8.layers import Int8Conv2d, Int8Linear, why_not_int8
+from catimage_accel.engines.int8.swap import swap_layers
 from catimage_accel.engines.triton_int8 import TritonInt8Engine
 from catimage_accel.kernels import tuning
 from catimage_accel.quantize.fake import fake_layer
@@ -366,3 +368,15 @@ def test_shared_parts_are_shared(tiny_sd_folder: Path, saved: Callable[..., Path
     assert engine.shared is eager.shared
     [one], [other] = engine.encode_prompts(["a dog"]), eager.encode_prompts(["a dog"])
     assert one.hidden is other.hidden, "the text encoder ran once"
+
+
+@pytest.mark.slow
+def test_compiles_whole(tiny_sd_folder: Path, saved: Callable[..., Path]) -> None:
+    """The UNet without the engine's cache of texts: torch.compile sees every kernel and breaks nowhere."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet").eval().requires_grad_(False)
+    device = torch.device("cpu")
+    swap_layers(unet, Quantization.load(saved(outputs=True)), "fp32", lambda: None, device)
+    inputs = (noise(2), torch.tensor([901.0, 13.0]), torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0)))
+    with torch.inference_mode():
+        compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*inputs, return_dict=False)[0], unet(*inputs, return_dict=False)[0])
