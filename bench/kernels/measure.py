@@ -55,7 +55,7 @@ def calls(workload: Workload, arguments: Arguments, baselines: Baselines | None 
     """Every implementation by name, ready to be called. One that cannot run says why when it is called."""
     names = (*OURS, *workload.libraries)
     found: Calls = {impl: partial(workload.call, **arguments, impl=impl) for impl in names}
-    # A quantized layer's definition is there to be exact: what it is held against is the layer in half precision.
+    # A quantized layer's definition is there to be exact: what it is held against is the layer without quantization.
     plain = workload.rival(arguments) if workload.rival else partial(workload.call, **arguments, impl="reference")
     found["eager"] = plain
     torch.compiler.reset()  # each workload gets a graph of its own shapes

@@ -78,9 +78,9 @@ def _arguments(
 
 
 def _rival(arguments: Arguments) -> partial[Any]:
-    """The layer in half precision, in channels-last memory."""
-    x, weight, bias = (arguments[name].half() for name in ("x", "weight", "bias"))
-    return partial(F.conv2d, x, weight, bias, arguments["stride"], arguments["padding"])
+    """The layer without quantization, in channels-last memory."""
+    bias, how = arguments["bias"], (arguments["stride"], arguments["padding"])
+    return partial(F.conv2d, arguments["x"].to(bias.dtype), arguments["weight"].to(bias.dtype), bias, *how)
 
 
 def configs(shape: dict[str, int], shared_memory: int) -> Iterator[dict[str, int]]:

@@ -77,9 +77,9 @@ def _arguments(
 
 
 def _rival(arguments: Arguments) -> partial[Any]:
-    """The layer in half precision."""
-    x, weight, bias = (arguments[name].half() for name in ("x", "weight", "bias"))
-    return partial(F.linear, x, weight, bias)
+    """The layer without quantization."""
+    bias = arguments["bias"]
+    return partial(F.linear, arguments["x"].to(bias.dtype), arguments["weight"].to(bias.dtype), bias)
 
 
 def configs(shape: dict[str, int], shared_memory: int) -> Iterator[dict[str, int]]:

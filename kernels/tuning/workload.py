@@ -58,7 +58,7 @@ class Workload:
     exact_as_is: tuple[str, ...] = ()  # tensor arguments that the op takes in one dtype only
     unquantized: Arguments = field(default_factory=dict)  # what to change in the arguments so that it stays unrounded
     libraries: tuple[str, ...] = ()  # further implementations of the op, through torch's own ops
-    # The same work without quantization, where the op is a quantized layer: its cost is what INT8 has to beat.
+    # The same layer in ``dtype``, where the op is a quantized one: its time is what INT8 has to beat.
     rival: Callable[[Arguments], partial[Any]] | None = None
 
     def arguments(self, device: torch.device, seed: int = 0) -> Arguments:
