@@ -19,3 +19,15 @@ def allowed_error(torchs: Tensor, exact: Tensor) -> float:
     if exact.numel() == 0:
         return 0.0
     return 2 * largest_error(torchs, exact) + torch.finfo(torchs.dtype).eps / 2 * exact.abs().max().item()
+
+
+def excess_error(levels: Tensor, exact: Tensor, scale: float) -> float:
+    """How far INT8 levels are from the real values they stand for, beyond the half level that rounding costs.
+
+    In real values, so that ``allowed_error`` of the values before they are rounded is what it may be: a result differs
+    from the rounded exact one only where that is as close to a tie. NaN counts as what it becomes, the lowest level.
+    """
+    if exact.numel() == 0:
+        return 0.0
+    wanted = (exact / scale).nan_to_num(nan=-128.0).clamp(-128, 127)
+    return max(0.0, (levels.double() - wanted).abs().max().item() - 0.5) * scale

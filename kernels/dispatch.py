@@ -11,7 +11,7 @@ import torch
 
 from catimage_accel.kernels import cuda
 
-Impl = Literal["reference", "triton", "cuda"]
+Impl = Literal["reference", "triton", "cuda", "int_mm"]
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Constants, not functions: torch.compile cannot trace a look into the environment.
@@ -26,32 +26,36 @@ def choose_impl(
     name: str,
     x: torch.Tensor,
     *others: torch.Tensor | None,
+    triton_dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
     cuda_dtypes: tuple[torch.dtype, ...] = (),
+    libraries: tuple[Impl, ...] = (),
     measured: Callable[[], str | None] | None = None,
 ) -> Impl:
     """The implementation to run on validated arguments.
 
     Args:
         impl: What the caller asked for; ``None`` is the best available: on CUDA tensors of a dtype it takes cuda where
-            that was measured to be the fastest, else triton; on others the reference.
+            or a library where that was measured to be the fastest, else triton; on others the reference.
         name: Name of the argument ``x``, for messages.
         x: The argument whose device and dtype decide.
         others: The op's other tensors. If any of them or ``x`` needs a gradient the reference runs whatever ``impl``
             says, as only torch's own ops are differentiable.
+        triton_dtypes: What ``x`` may be for the op's Triton kernels.
         cuda_dtypes: What the op's CUDA kernels take; empty where it has none for such arguments.
+        libraries: Further implementations that take such arguments, through torch's own ops.
         measured: Tells which implementation was measured to be the fastest for such arguments, if any was.
 
     Raises:
         ValueError: ``impl`` is unknown, or is missing here, or takes no such device or dtype.
     """
-    impls = ("reference", "triton", "cuda") if cuda_dtypes else ("reference", "triton")
+    impls = ("reference", "triton", *(("cuda",) if cuda_dtypes else ()), *libraries)
     if impl is not None and impl not in impls:
         raise ValueError(f"impl is {impl!r}; accepted: {', '.join(map(repr, impls))} or None (best available)")
     if impl == "triton":
         if not TRITON_INSTALLED:
             raise ValueError("impl is 'triton', but triton is not installed: pip install catimage-accel[triton]")
-        if x.dtype not in KERNEL_DTYPES:
-            raise ValueError(f"{name} has dtype {x.dtype}; impl 'triton' accepts {', '.join(map(str, KERNEL_DTYPES))}")
+        if x.dtype not in triton_dtypes:
+            raise ValueError(f"{name} has dtype {x.dtype}; impl 'triton' accepts {', '.join(map(str, triton_dtypes))}")
         if not x.is_cuda and not TRITON_INTERPRETS:
             raise ValueError(f"{name} is on {x.device}; impl 'triton' accepts CUDA tensors")
     if impl == "cuda":
@@ -65,9 +69,10 @@ def choose_impl(
         return "reference"
     if impl is not None:
         return cast(Impl, impl)
-    if measured is not None and cuda.BUILT and x.is_cuda and x.dtype in cuda_dtypes and measured() == "cuda":
-        return "cuda"
-    return "triton" if x.is_cuda and x.dtype in KERNEL_DTYPES and TRITON_INSTALLED else "reference"
+    rivals = (*(("cuda",) if cuda.BUILT and x.dtype in cuda_dtypes else ()), *libraries)
+    if measured is not None and rivals and x.is_cuda and (found := measured()) in rivals:
+        return cast(Impl, found)
+    return "triton" if x.is_cuda and x.dtype in triton_dtypes and TRITON_INSTALLED else "reference"
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -18,10 +18,15 @@ from catimage_accel.kernels.attention.workload import of_size as attention_of_si
 from catimage_accel.kernels.geglu.workload import of_size as geglu_of_size
 from catimage_accel.kernels.group_norm.workload import of_size as group_norm_of_size
 from catimage_accel.kernels.guided_step.workload import of_size as guided_step_of_size
+from catimage_accel.kernels.int8_conv.workload import of_size as int8_conv_of_size
+from catimage_accel.kernels.int8_linear.workload import of_size as int8_linear_of_size
+from catimage_accel.kernels.int8_quantize.workload import of_size as int8_quantize_of_size
 from catimage_accel.kernels.layer_norm.workload import of_size as layer_norm_of_size
 from catimage_accel.kernels.tuning.workload import Arguments, Expected, Workload
 
-OPS = ("attention", "group_norm", "layer_norm", "geglu", "guided_step")
+OPS = (
+    "attention", "group_norm", "layer_norm", "geglu", "guided_step", "int8_linear", "int8_conv", "int8_quantize",
+)  # fmt: skip
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGE = 2**31
 
@@ -57,6 +62,12 @@ def scaled(name: str, factor: float, offset: float) -> Callable[[Arguments], Arg
     return lambda arguments: {**arguments, name: arguments[name] * factor + offset}
 
 
+def to_int8(workload: Workload) -> Workload:
+    """The workload with a result that is quantized for the layer after it."""
+    written = changed(workload, f"{workload.name} to INT8", lambda arguments: {**arguments, "output_scale": 0.02})
+    return replace(written, unquantized={"output_scale": None})
+
+
 def from_one_projection(arguments: Arguments) -> Arguments:
     """q, k and v as slices of one tensor."""
     q, k, v = torch.stack([arguments[name] for name in ("q", "k", "v")], 2).unbind(2)
@@ -80,16 +91,42 @@ def odd_workloads(dtype: torch.dtype) -> Iterator[Workload]:
         yield group_norm_of_size(f"odd channels {layout}", dtype, (2, 15, 5, 3), 5, last, True)
         yield group_norm_of_size(f"one pixel {layout}", dtype, (2, 6, 1, 1), 3, last, True)
         yield group_norm_of_size(f"chunks end inside {layout}", dtype, (2, 70, 93, 91), 7, last, False)
+        yield to_int8(group_norm_of_size(f"chunks end inside {layout}", dtype, (2, 70, 93, 91), 7, last, True))
         plain = group_norm_of_size("", dtype, (1, 64, 80, 80), 4, last, False)
         yield changed(plain, f"a mean of 300 standard deviations {layout}", scaled("x", 1, 300))
     for width in (7, 320, 5000, 16384):
         yield layer_norm_of_size(f"width {width}", dtype, (2, 9), width, True)
+        yield to_int8(layer_norm_of_size(f"width {width}", dtype, (2, 9), width, True))
     plain = layer_norm_of_size("", dtype, (2, 9), 640, False)
     yield changed(plain, "a mean of 300 standard deviations", scaled("x", 1, 300))
     yield geglu_of_size("odd width", dtype, (2, 7), 321)
+    yield to_int8(geglu_of_size("odd width", dtype, (2, 7), 321))
     yield changed(geglu_of_size("", dtype, (2, 7), 512), "gates far out", scaled("x", 8, 0))
     for rescale in (0.0, 0.7):
         yield guided_step_of_size(f"blocks end inside, rescale {rescale}", dtype, (3, 4, 24, 17), rescale)
+    yield from odd_int8_workloads(dtype)
+
+
+def odd_int8_workloads(dtype: torch.dtype) -> Iterator[Workload]:
+    """Of layers in INT8."""
+    for quantized in (False, True):
+        again = " to INT8" * quantized
+        for name, rows, out_features, in_features in (
+            ("odd sizes", (2, 35), 19, 37), ("one row", (1, 1), 1280, 320), ("one number", (1, 3), 1, 1),
+            ("blocks end inside", (3, 70), 200, 336), ("sums past 2^24", (1, 40), 48, 11_520),
+        ):  # fmt: skip
+            yield int8_linear_of_size(name + again, dtype, rows, out_features, in_features, True, quantized)
+        for name, shape, out_channels, kernel, stride, padding in (
+            ("odd sizes", (2, 21, 9, 7), 19, 3, 1, 1), ("4 channels", (1, 4, 16, 16), 320, 3, 1, 1),
+            ("to 4 channels", (1, 320, 16, 16), 4, 3, 1, 1), ("stride 2, odd sides", (2, 64, 15, 17), 80, 3, 2, 1),
+            ("one pixel", (2, 48, 1, 1), 64, 3, 1, 1), ("1x1", (2, 336, 9, 9), 144, 1, 1, 0),
+            ("sums past 2^24", (1, 1280, 8, 8), 64, 3, 1, 1),
+        ):  # fmt: skip
+            yield int8_conv_of_size(name + again, dtype, shape, out_channels, kernel, stride, padding, True, quantized)
+    for smooth in (False, True):
+        factors = " with factors" * smooth
+        yield int8_quantize_of_size(f"rows{factors}", dtype, (3, 35, 77), smooth)
+        yield int8_quantize_of_size(f"images{factors}", dtype, (2, 35, 9, 7), smooth)
 
 
 def large_workloads() -> Iterator[tuple[Workload, tuple[str, ...]]]:
@@ -99,6 +136,9 @@ def large_workloads() -> Iterator[tuple[Workload, tuple[str, ...]]]:
     yield group_norm_of_size("2^31 values, channels_last", half, (17, 128, 1024, 1024), 32, True, True), ("x", "shift")
     yield layer_norm_of_size("2^31 values", half, (3300, 1024), 640, True), ("x", "residual")
     yield geglu_of_size("2^31 values", half, (420, 1024), 2560), ("x",)
+    yield int8_linear_of_size("2^31 values", half, (210, 4096), 64, 2560, False), ("x",)
+    yield int8_conv_of_size("2^31 values", half, (66, 512, 256, 256), 64, 3, 1, 1, False), ("x",)
+    yield int8_quantize_of_size("2^31 values", half, (840, 1024, 2560), False), ("x",)
     yield attention_of_size("2^31 values", half, 1030, 4096, 77, 8, 64), ("q", "k", "v")
 
 
@@ -107,7 +147,7 @@ def check(workload: Workload, device: torch.device) -> Iterator[Check]:
     """Every implementation that there is."""
     arguments = workload.arguments(device)
     expected = Expected.of(workload, arguments)
-    for impl in OURS:
+    for impl in (*OURS, *workload.libraries):
         share, problem = None, None
         try:
             expected.poison()
@@ -130,7 +170,7 @@ def check_large(workload: Workload, batched: tuple[str, ...], device: torch.devi
         for name, value in arguments.items()
     }
     assert arguments[batched[0]].numel() > LARGE
-    for impl in OURS:
+    for impl in (*OURS, *workload.libraries):
         try:
             alone = workload.run(last, impl)
             together = workload.run(arguments, impl)

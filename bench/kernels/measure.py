@@ -53,11 +53,14 @@ def workload_id(workload: Workload) -> str:
 
 def calls(workload: Workload, arguments: Arguments, baselines: Baselines | None = None) -> Calls:
     """Every implementation by name, ready to be called. One that cannot run says why when it is called."""
-    found: Calls = {impl: partial(workload.call, **arguments, impl=impl) for impl in OURS}
-    found["eager"] = partial(workload.call, **arguments, impl="reference")
+    names = (*OURS, *workload.libraries)
+    found: Calls = {impl: partial(workload.call, **arguments, impl=impl) for impl in names}
+    # A quantized layer's definition is there to be exact: what it is held against is the layer without quantization.
+    plain = workload.rival(arguments) if workload.rival else partial(workload.call, **arguments, impl="reference")
+    found["eager"] = plain
     torch.compiler.reset()  # each workload gets a graph of its own shapes
-    compiled = torch.compile(workload.call, fullgraph=True, dynamic=False)
-    found["torch.compile"] = partial(compiled, **arguments, impl="reference")
+    compiled = torch.compile(plain.func, fullgraph=True, dynamic=False)
+    found["torch.compile"] = partial(compiled, *plain.args, **plain.keywords)
     return found | (baselines(arguments) if baselines else {})
 
 

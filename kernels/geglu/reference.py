@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from catimage_accel.kernels.int8_quantize.reference import int8_quantize
 
-def geglu(x: Tensor) -> Tensor:
+
+def geglu(x: Tensor, output_scale: float | None) -> Tensor:
     """See :func:`catimage_accel.kernels.geglu`."""
     value, gate = x.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+    y = value * F.gelu(gate)
+    return y if output_scale is None else int8_quantize(y, output_scale)

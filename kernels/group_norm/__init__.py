@@ -22,6 +22,7 @@ def group_norm(
     *,
     activation: str | None = None,
     shift: Tensor | None = None,
+    output_scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """``activation((z - mean) / sqrt(var + eps) * weight + bias)``, moments per image and group of channels of z.
@@ -39,19 +40,21 @@ def group_norm(
         eps: 0 or more.
         activation: "silu" or ``None``.
         shift: (batch, channels), dtype and device of ``x``, or ``None`` for zeros.
-        impl: "reference" (torch's ``group_norm``, then ``silu``), "triton" or "cuda" (float16, bfloat16 or float32; the
-            sum with ``shift`` is not rounded to the dtype) or ``None``, the best available. Where a gradient is needed
-            the reference runs.
+        output_scale: The real value of one INT8 level of the result, as of ``int8_quantize``: int8 is written, for a
+            quantized layer to read. ``None`` quantizes nothing.
+        impl: "reference" (torch's ``group_norm``, then ``silu``), "triton" or "cuda" (float16, bfloat16 or float32, no
+            ``output_scale``; the sum with ``shift`` is not rounded to the dtype) or ``None``, the best available. Where
+            a gradient is needed the reference runs.
 
     Returns:
-        Shape and dtype of ``x``.
+        Shape and dtype of ``x``; int8 where there is an ``output_scale``.
 
     Raises:
         ValueError: An argument's shape, dtype, device or value is not accepted; names it, its value and what is.
     """
-    validate(x, num_groups, weight, bias, eps, activation, shift)
+    validate(x, num_groups, weight, bias, eps, activation, shift, output_scale)
     chosen = choose_impl(
-        impl, "x", x, weight, bias, shift, cuda_dtypes=KERNEL_DTYPES,
+        impl, "x", x, weight, bias, shift, cuda_dtypes=KERNEL_DTYPES if output_scale is None else (),
         measured=lambda: measured_impl("group_norm", x.device, **tuned_shape(x)),
     )  # fmt: skip
     if chosen == "cuda":
@@ -61,5 +64,9 @@ def group_norm(
     if chosen == "triton":
         from catimage_accel.kernels.group_norm import triton
 
-        return triton.group_norm(x, num_groups, weight, bias, eps, activation=activation, shift=shift)
-    return reference.group_norm(x, num_groups, weight, bias, eps, activation=activation, shift=shift)
+        return triton.group_norm(
+            x, num_groups, weight, bias, eps, activation=activation, shift=shift, output_scale=output_scale
+        )
+    return reference.group_norm(
+        x, num_groups, weight, bias, eps, activation=activation, shift=shift, output_scale=output_scale
+    )

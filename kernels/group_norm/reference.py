@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from catimage_accel.kernels.int8_quantize.reference import int8_quantize
+
 
 def group_norm(
     x: Tensor,
@@ -16,9 +18,11 @@ def group_norm(
     *,
     activation: str | None,
     shift: Tensor | None,
+    output_scale: float | None,
 ) -> Tensor:
     """See :func:`catimage_accel.kernels.group_norm`."""
     if shift is not None:
         x = x + shift.reshape(*shift.shape, *(1,) * (x.ndim - 2))
     y = torch.group_norm(x, num_groups, weight, bias, eps)
-    return F.silu(y) if activation == "silu" else y
+    y = F.silu(y) if activation == "silu" else y
+    return y if output_scale is None else int8_quantize(y, output_scale)

@@ -20,13 +20,16 @@ from torch.library import wrap_triton
 from catimage_accel.kernels.dispatch import register_triton_op
 from catimage_accel.kernels.group_norm.layout import is_dense, tuned_shape
 from catimage_accel.kernels.group_norm.triton_moments import combine_kernel, moments_nchw_kernel, moments_nhwc_kernel
+from catimage_accel.kernels.int8_quantize.triton import round_to_levels
 from catimage_accel.kernels.tuning import launch_config
 
 
 @triton.jit
-def activate(y, SILU: tl.constexpr):
+def finish(y, inverse_output_scale, SILU: tl.constexpr, QUANTIZED: tl.constexpr):
     if SILU:
         y = y * tl.sigmoid(y)
+    if QUANTIZED:
+        y = round_to_levels(y, inverse_output_scale)
     return y
 
 
@@ -37,15 +40,17 @@ def apply_nchw_kernel(
     weight_ptr,  # (channels,), read if HAS_WEIGHT
     bias_ptr,  # (channels,), read if HAS_BIAS
     moments_ptr,  # (3, batch * groups) float32
-    y_ptr,  # (batch * groups, size)
+    y_ptr,  # (batch * groups, size), int8 if QUANTIZED
     size,
     pixels,
     groups,
     blocks,
+    inverse_output_scale,
     HAS_SHIFT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -65,7 +70,8 @@ def apply_nchw_kernel(
         y *= tl.load(weight_ptr + channel, mask, 0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + channel, mask, 0.0).to(tl.float32)
-    tl.store(y_ptr + base + offset, activate(y, SILU).to(y_ptr.dtype.element_ty), mask)
+    y = finish(y, inverse_output_scale, SILU, QUANTIZED)
+    tl.store(y_ptr + base + offset, y.to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -75,17 +81,19 @@ def apply_nhwc_kernel(
     weight_ptr,  # (channels,), read if HAS_WEIGHT
     bias_ptr,  # (channels,), read if HAS_BIAS
     moments_ptr,  # (3, batch * groups) float32
-    y_ptr,  # (batch, pixels, channels)
+    y_ptr,  # (batch, pixels, channels), int8 if QUANTIZED
     pixels,
     channels,
     groups,
     rows,  # batch * groups
     pixel_blocks,
     channel_blocks,
+    inverse_output_scale,
     HAS_SHIFT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -110,7 +118,8 @@ def apply_nhwc_kernel(
         y *= tl.load(weight_ptr + channel, in_channels, 0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + channel, in_channels, 0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + base + offset, activate(y, SILU).to(y_ptr.dtype.element_ty), mask)
+    y = finish(y, inverse_output_scale, SILU, QUANTIZED)
+    tl.store(y_ptr + base + offset, y.to(y_ptr.dtype.element_ty), mask)
 
 
 def group_norm_op(
@@ -121,10 +130,11 @@ def group_norm_op(
     eps: float,
     silu: bool,
     shift: Tensor | None = None,
+    output_scale: float | None = None,
 ) -> Tensor:
     """See :func:`catimage_accel.kernels.group_norm`."""
     x = x if is_dense(x) else x.contiguous()
-    y = torch.empty_like(x)
+    y = _fake(x, num_groups, weight, bias, eps, silu, shift, output_scale)
     batch, channels = x.shape[:2]
     if x.numel() == 0:
         return y
@@ -134,6 +144,8 @@ def group_norm_op(
     moments = torch.empty((3, rows), dtype=torch.float32, device=x.device)
     has_shift = shift is not None
     flags = {"HAS_SHIFT": has_shift, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "SILU": silu}
+    flags["QUANTIZED"] = output_scale is not None
+    inverse_output_scale = 1.0 if output_scale is None else 1.0 / output_scale
     shift = x if shift is None else shift.contiguous()
     weight = x if weight is None else weight.contiguous()
     bias = x if bias is None else bias.contiguous()
@@ -156,7 +168,7 @@ def group_norm_op(
         )
         wrap_triton(apply_nhwc_kernel)[(batch * pixel_blocks * channel_blocks,)](
             x, shift, weight, bias, moments, y, pixels, channels, num_groups, rows, pixel_blocks, channel_blocks,
-            num_warps=warps, **flags, **tile,
+            inverse_output_scale, num_warps=warps, **flags, **tile,
         )  # fmt: skip
         return y
     size, block = pixels * group_channels, config["BLOCK"]
@@ -170,8 +182,9 @@ def group_norm_op(
         partials, moments, size, chunks, 1, eps, CHUNK=chunk, BLOCK=config["COMBINE"], num_warps=4
     )
     wrap_triton(apply_nchw_kernel)[(rows * blocks,)](
-        x, shift, weight, bias, moments, y, size, pixels, num_groups, blocks, BLOCK=block, num_warps=warps, **flags
-    )
+        x, shift, weight, bias, moments, y, size, pixels, num_groups, blocks, inverse_output_scale,
+        BLOCK=block, num_warps=warps, **flags,
+    )  # fmt: skip
     return y
 
 
@@ -183,8 +196,10 @@ def _fake(
     eps: float,
     silu: bool,
     shift: Tensor | None = None,
+    output_scale: float | None = None,
 ) -> Tensor:
-    return torch.empty_like(x if is_dense(x) else x.contiguous())
+    dtype = x.dtype if output_scale is None else torch.int8
+    return torch.empty_like(x if is_dense(x) else x.contiguous(), dtype=dtype)
 
 
 _op = register_triton_op("group_norm", group_norm_op, _fake)
@@ -199,7 +214,9 @@ def group_norm(
     *,
     activation: str | None,
     shift: Tensor | None,
+    output_scale: float | None,
 ) -> Tensor:
     """See :func:`catimage_accel.kernels.group_norm`; arguments are validated already."""
-    y: Tensor = _op(x, num_groups, weight, bias, float(eps), activation == "silu", shift)
+    scale = None if output_scale is None else float(output_scale)
+    y: Tensor = _op(x, num_groups, weight, bias, float(eps), activation == "silu", shift, scale)
     return y

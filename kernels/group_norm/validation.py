@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from catimage_accel.kernels.int8_quantize.scale import check_scale
 from catimage_accel.kernels.validation import check_eps, check_same_kind
 
 ACTIVATIONS = (None, "silu")
@@ -17,6 +18,7 @@ def validate(
     eps: float,
     activation: str | None,
     shift: Tensor | None,
+    output_scale: float | None,
 ) -> None:
     """Raises ValueError naming the first argument that is off, its value and what is accepted."""
     if x.ndim < 2 or not x.is_floating_point():
@@ -41,3 +43,5 @@ def validate(
     check_eps(eps)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; accepted: {', '.join(map(repr, ACTIVATIONS))}")
+    if output_scale is not None:
+        check_scale("output_scale", output_scale)

@@ -23,6 +23,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: None = None,
+    output_scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor: ...
 
@@ -35,6 +36,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: Tensor,
+    output_scale: float | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -46,6 +48,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
+    output_scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``(z - mean) / sqrt(var + eps) * weight + bias`` over the last dimension of ``z = x + residual``.
@@ -58,16 +61,19 @@ def layer_norm(
         bias: (width,), dtype and device of ``x``, or ``None`` for zeros.
         eps: 0 or more.
         residual: Added to ``x`` first; shape, dtype and device of ``x``. ``None`` adds nothing.
+        output_scale: The real value of one INT8 level of the result, as of ``int8_quantize``: int8 is written, for a
+            quantized layer to read. ``None`` quantizes nothing.
         impl: "reference" (torch's sum and ``layer_norm``), "triton" (float16, bfloat16 or float32, width up to 16384)
             or ``None``, the best available. Where a gradient is needed the reference runs.
 
     Returns:
-        The normalised tensor, shape and dtype of ``x``; with a residual, that and ``x + residual``.
+        The normalised tensor, shape and dtype of ``x``, or int8 where there is an ``output_scale``; with a residual,
+        that and ``x + residual``, which is never quantized.
 
     Raises:
         ValueError: An argument's shape, dtype, device or value is not accepted; names it, its value and what is.
     """
-    validate(x, weight, bias, eps, residual)
+    validate(x, weight, bias, eps, residual, output_scale)
     chosen = choose_impl(impl, "x", x, weight, bias, residual)
     if chosen == "triton" and x.shape[-1] > MAX_TRITON_WIDTH:
         if impl is not None:
@@ -77,8 +83,8 @@ def layer_norm(
         from catimage_accel.kernels.layer_norm import triton
 
         if residual is None:
-            return triton.layer_norm(x, weight, bias, eps)
-        return triton.add_layer_norm(x, residual, weight, bias, eps)
+            return triton.layer_norm(x, weight, bias, eps, output_scale)
+        return triton.add_layer_norm(x, residual, weight, bias, eps, output_scale)
     if residual is None:
-        return reference.layer_norm(x, weight, bias, eps)
-    return reference.add_layer_norm(x, residual, weight, bias, eps)
+        return reference.layer_norm(x, weight, bias, eps, output_scale)
+    return reference.add_layer_norm(x, residual, weight, bias, eps, output_scale)

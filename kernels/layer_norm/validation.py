@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from catimage_accel.kernels.int8_quantize.scale import check_scale
 from catimage_accel.kernels.validation import check_eps, check_same_kind
 
 
-def validate(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None) -> None:
+def validate(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    output_scale: float | None,
+) -> None:
     """Raises ValueError naming the first argument that is off, its value and what is accepted."""
     if x.ndim < 1 or not x.is_floating_point() or x.shape[-1] == 0:
         raise ValueError(
@@ -24,3 +32,5 @@ def validate(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, 
             )
     check_same_kind("x", x, weight=weight, bias=bias, residual=residual)
     check_eps(eps)
+    if output_scale is not None:
+        check_scale("output_scale", output_scale)

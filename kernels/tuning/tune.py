@@ -22,9 +22,11 @@ from catimage_accel.kernels.tuning import launch_config, use_config
 from catimage_accel.kernels.tuning.timing import DeviceTimer
 from catimage_accel.kernels.tuning.workload import Arguments, Expected, Workload, by_shape
 
-TUNED_OPS = ("geglu", "layer_norm", "attention", "group_norm")  # the quickest first
+# The quickest first.
+TUNED_OPS = ("int8_quantize", "geglu", "layer_norm", "attention", "group_norm", "int8_linear", "int8_conv")
 BATCHES = (2, 16)
 DTYPE = torch.float16
+RIVAL = "rival"
 
 Config = dict[str, int]
 
@@ -39,15 +41,17 @@ class Tuned:
     shape: dict[str, int]
     config: Config
     default: Config
-    impl: str | None  # the faster one, "triton" or "cuda", where the op has CUDA kernels too
-    ms: dict[str, dict[str, float]]  # workload -> {"tuned": ..., "default": ..., "cuda": ...}
+    impl: str | None  # the fastest one, "triton", "cuda" or a library's, where the op has others than triton
+    ms: dict[str, dict[str, float]]  # workload -> {"tuned": ..., "default": ..., "cuda": ..., "rival": ...}
     tried: int
-    failed: dict[str, str]  # config, or "cuda" -> why it was not timed
+    failed: dict[str, str]  # config, or implementation -> why it was not timed
+    speedup: float | None = None  # of a quantized layer's fastest implementation over the same work in half precision
 
     @property
     def entry(self) -> dict[str, Any]:
         """As the op's JSON file has it."""
-        return {"shape": self.shape, "config": self.config, **({"impl": self.impl} if self.impl else {})}
+        measured = {"impl": self.impl, "speedup": self.speedup and round(self.speedup, 3)}
+        return {"shape": self.shape, "config": self.config, **{name: x for name, x in measured.items() if x}}
 
 
 def tune(
@@ -56,8 +60,9 @@ def tune(
     """Yields the best config of each representative shape of ``op``.
 
     Configs are compiled in ``workers`` threads, checked against the reference by the accuracy rule, then timed one by
-    one. The best is the one with the smallest geometric mean of times over the shape's workloads; where the op has CUDA
-    kernels, they are held against it the same way.
+    one. The best is the one with the smallest geometric mean of times over the shape's workloads; where the op has
+    other implementations (CUDA kernels, a library's), and where it is a quantized layer the same work in half
+    precision, they are held against it the same way.
 
     Args:
         op: One of ``TUNED_OPS``.
@@ -95,27 +100,39 @@ def tune_shape(
             reasons = list(pool.map(partial(_try, workload, arguments, expected, "triton"), alive))
             failed |= {str(c): reason for c, reason in zip(alive, reasons, strict=True) if reason}
             alive = [c for c, reason in zip(alive, reasons, strict=True) if not reason]
-            if reason := _try(workload, arguments, expected, "cuda", None):
-                failed["cuda"] = reason
+            for impl in ("cuda", *workload.libraries):
+                if reason := _try(workload, arguments, expected, impl, None):
+                    failed[impl] = reason
     default = candidates[0]
     if default not in alive:
         raise RuntimeError(f"{op} {shape}: the default config fails: {failed[str(default)]}")
     times: dict[str, list[float]] = {}
-    cuda: dict[str, float] = {}
+    others: dict[str, dict[str, float]] = {}  # implementation -> workload -> ms
     for workload in group:
         arguments = workload.arguments(device)
         call = partial(workload.run, arguments, "triton")
         times[workload.name] = [_time(op, config, call, timer) for config in alive]
-        if "cuda" not in failed:
-            cuda[workload.name] = timer.time(partial(workload.run, arguments, "cuda")).ms
+        calls: dict[str, Callable[[], Any]] = {
+            impl: partial(workload.run, arguments, impl) for impl in ("cuda", *workload.libraries)
+        }
+        if workload.rival is not None:
+            calls[RIVAL] = workload.rival(arguments)
+        for name, other in calls.items():
+            if name not in failed:
+                others.setdefault(name, {})[workload.name] = timer.time(other).ms
     totals = [sum(math.log(ms[i]) for ms in times.values()) for i in range(len(alive))]
     best = min(range(len(alive)), key=totals.__getitem__)
-    faster = "cuda" if cuda and sum(map(math.log, cuda.values())) < totals[best] else "triton"
+    sums = {"triton": totals[best]} | {name: sum(map(math.log, found.values())) for name, found in others.items()}
+    rival = sums.pop(RIVAL, None)
+    fastest = min(sums, key=sums.__getitem__)
     ms = {
-        name: {"tuned": found[best], "default": found[0]} | ({"cuda": cuda[name]} if cuda else {})
+        name: {"tuned": found[best], "default": found[0]} | {other: ms[name] for other, ms in others.items()}
         for name, found in times.items()
     }
-    return Tuned(op, shape, alive[best], default, faster if cuda else None, ms, len(candidates), failed)
+    return Tuned(
+        op, shape, alive[best], default, fastest if len(sums) > 1 else None, ms, len(candidates), failed,
+        None if rival is None else math.exp((rival - sums[fastest]) / len(group)),
+    )  # fmt: skip
 
 
 def _time(op: str, config: Config, call: Callable[[], Any], timer: DeviceTimer) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from catimage_accel.kernels.accuracy import allowed_error, largest_error
+from catimage_accel.kernels.accuracy import allowed_error, excess_error, largest_error
 
 Arguments = dict[str, Any]
 
@@ -55,6 +56,10 @@ class Workload:
     flops: int = 0
     bytes: int = 0  # inputs read once, results written once
     exact_as_is: tuple[str, ...] = ()  # tensor arguments that the op takes in one dtype only
+    unquantized: Arguments = field(default_factory=dict)  # what to change in the arguments so that it stays unrounded
+    libraries: tuple[str, ...] = ()  # further implementations of the op, through torch's own ops
+    # The same layer in ``dtype``, where the op is a quantized one: its time is what INT8 has to beat.
+    rival: Callable[[Arguments], partial[Any]] | None = None
 
     def arguments(self, device: torch.device, seed: int = 0) -> Arguments:
         """Fresh arguments, the same for the same seed."""
@@ -69,11 +74,15 @@ class Workload:
 
     def exact(self, arguments: Arguments) -> tuple[Tensor, ...]:
         """The results of the definition in float64."""
+        return self.unrounded(arguments, torch.float64)
+
+    def unrounded(self, arguments: Arguments, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The results of the definition in ``dtype``, not quantized."""
         upcast = {
-            name: value.double() if isinstance(value, Tensor) and name not in self.exact_as_is else value
-            for name, value in arguments.items()
+            name: value.to(dtype) if isinstance(value, Tensor) and name not in self.exact_as_is else value
+            for name, value in (arguments | self.unquantized).items()
         }
-        return self.run(upcast, "reference")
+        return self.run(upcast | ({"out_dtype": dtype} if "out_dtype" in arguments else {}), "reference")
 
 
 @dataclass(frozen=True)
@@ -83,20 +92,30 @@ class Expected:
     exact: tuple[Tensor, ...]
     dtypes: tuple[torch.dtype, ...]
     allowed: tuple[float, ...]
+    scale: float | None = None  # of the results that are int8, if those are a quantized real value
 
     @classmethod
     @torch.no_grad()
     def of(cls, workload: Workload, arguments: Arguments) -> Expected:
         """The definition in float64, and what torch's own op in the arguments' dtype makes of it."""
-        exact = workload.exact(arguments)
         plain = workload.run(arguments, "reference")
+        dtypes = tuple(one.dtype for one in plain)
+        if all(dtype == torch.int8 for dtype in dtypes) and not workload.unquantized:  # rounding is all that it does
+            return cls(tuple(one.double() for one in plain), dtypes, (0.0,) * len(plain))
+        exact = workload.exact(arguments)
+        if workload.unquantized:
+            # What kernels round they have in float32, whatever the dtype of the arguments.
+            plain = tuple(
+                wide if one.dtype == torch.int8 else one
+                for one, wide in zip(plain, workload.unrounded(arguments, torch.float32), strict=True)
+            )
         allowed = tuple(allowed_error(one, true) for one, true in zip(plain, exact, strict=True))
-        return cls(exact, tuple(one.dtype for one in plain), allowed)
+        return cls(exact, dtypes, allowed, arguments["output_scale"] if workload.unquantized else None)
 
     def poison(self) -> None:
         """Leaves NaN in the memory that the next results are given, so that a value that is never written shows."""
         for_results = [
-            torch.full(exact.shape, math.nan, dtype=dtype, device=exact.device)
+            torch.full(exact.shape, math.nan if dtype.is_floating_point else 85, dtype=dtype, device=exact.device)
             for exact, dtype in zip(self.exact, self.dtypes, strict=True)
         ]
         del for_results
@@ -107,7 +126,8 @@ class Expected:
         for result, exact, dtype, allowed in zip(results, self.exact, self.dtypes, self.allowed, strict=True):
             if (result.shape, result.dtype) != (exact.shape, dtype):
                 return math.nan
-            error = largest_error(result, exact)
+            quantized = self.scale if dtype == torch.int8 else None
+            error = largest_error(result, exact) if quantized is None else excess_error(result, exact, quantized)
             shares.append(0.0 if error == 0 else error / allowed if allowed else math.inf)
         return math.nan if any(map(math.isnan, shares)) else max(shares)
 

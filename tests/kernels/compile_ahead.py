@@ -32,6 +32,15 @@ HEAD_DIMS = {
         *(("fp32", head_dim) for head_dim in (8, 40, 80, 96, 128, 160, 192, 256)),
     ],
 }  # "common" is what SD1.x, SD2.x and SDXL have
+INT8_MMA = r"(wgmma\.mma_async|mma)\.sync\.[^\n]*\.s32\.s8\.s8"  # int32 sums of INT8 products in a tensor core
+INT8_SCALES = ("x_scale", "output_scale", "inverse_output_scale")
+IN, OUT = dict.fromkeys(("in_features", "channels"), "by 16"), dict.fromkeys(("out_features", "out_channels"), "by 16")
+INT8_SIZES = {  # launch configs' "aligned", whether the blocks divide the sums, which sizes are divisible by 16
+    "common": {"": (2, True, IN | OUT)},
+    "rest": {
+        ", sums end inside a block": (2, False, IN | OUT), ", odd results": (1, True, IN), ", odd": (1, False, {}),
+    },
+}  # fmt: skip
 # A kernel, its launch: a pointer's type for every name that ends in _ptr, "fp32" for floats; other names are int32.
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]
 
@@ -54,35 +63,44 @@ def attention_cases(part: str) -> Iterator[Case]:
 def group_norm_cases() -> Iterator[Case]:
     module = import_module("catimage_accel.kernels.group_norm.triton")
     pointers = dict.fromkeys(("x_ptr", "shift_ptr", "y_ptr", "weight_ptr", "bias_ptr"), "*bf16")
-    types = pointers | {"partials_ptr": "*fp32", "moments_ptr": "*fp32", "eps": "fp32"}
+    types = pointers | {"partials_ptr": "*fp32", "moments_ptr": "*fp32"}
+    types |= {"eps": "fp32", "inverse_output_scale": "fp32"}
     nchw = launch_config("group_norm", DEVICE, channels_last=1, pixels=4096)
     nhwc = launch_config("group_norm", DEVICE, channels_last=2, pixels=4096)
     combine = {"CHUNK": nchw["CHUNK"], "BLOCK": nchw["COMBINE"], "num_warps": 4}
     yield "group_norm combine", module.combine_kernel, types, combine
     for shift in (False, True):
-        flags = {"HAS_SHIFT": shift, "HAS_WEIGHT": True, "HAS_BIAS": True, "SILU": True}
+        flags = {"HAS_SHIFT": shift, "HAS_WEIGHT": True, "HAS_BIAS": True, "SILU": True, "QUANTIZED": False}
         shifted = " with shift" * shift
         yield f"group_norm moments nchw{shifted}", module.moments_nchw_kernel, types, nchw | flags
         yield f"group_norm moments nhwc{shifted}", module.moments_nhwc_kernel, types, nhwc | flags
         yield f"group_norm apply nchw{shifted}", module.apply_nchw_kernel, types, nchw | flags
         yield f"group_norm apply nhwc{shifted}", module.apply_nhwc_kernel, types, nhwc | flags
+    types["y_ptr"], flags["QUANTIZED"] = "*i8", True
+    yield "group_norm apply nchw to INT8", module.apply_nchw_kernel, types, nchw | flags
+    yield "group_norm apply nhwc to INT8", module.apply_nhwc_kernel, types, nhwc | flags
 
 
 def layer_norm_cases() -> Iterator[Case]:
     module = import_module("catimage_accel.kernels.layer_norm.triton")
     pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "y_ptr", "total_ptr"), "*bf16")
+    types = pointers | dict.fromkeys(("eps", "inverse_output_scale"), "fp32")
     flags = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_BIAS": True}
     for width in (320, 640, 1280, 2048, 4096, 8192, 16384):
         launch = launch_config("layer_norm", DEVICE, width=width) | flags
         launch["BLOCK_WIDTH"] = triton.next_power_of_2(width)
-        yield f"layer_norm {width}", module.layer_norm_kernel, pointers | {"eps": "fp32"}, launch
+        yield f"layer_norm {width}", module.layer_norm_kernel, types, launch | {"QUANTIZED": False}
+        to_int8 = types | {"y_ptr": "*i8"}
+        yield f"layer_norm {width} to INT8", module.layer_norm_kernel, to_int8, launch | {"QUANTIZED": True}
 
 
 def geglu_cases() -> Iterator[Case]:
     module = import_module("catimage_accel.kernels.geglu.triton")
     for dtype in ("bf16", "fp32"):
-        types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
-        yield f"geglu {dtype}", module.geglu_kernel, types, launch_config("geglu", DEVICE, width=1280)
+        for written in (dtype, "i8"):
+            types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{written}", "inverse_output_scale": "fp32"}
+            launch = launch_config("geglu", DEVICE, width=1280) | {"QUANTIZED": written == "i8"}
+            yield f"geglu {dtype} to {written}", module.geglu_kernel, types, launch
 
 
 def guided_step_cases() -> Iterator[Case]:
@@ -95,23 +113,54 @@ def guided_step_cases() -> Iterator[Case]:
     yield "guided_step step", module.step_kernel, types, {"BLOCK": module.BLOCK, "LANES": 64, "num_warps": 4, **flags}
 
 
+def int8_cases(part: str) -> Iterator[Case]:
+    """Products whose sizes the blocks divide ("common", as SD1.5's and SDXL's) or not, down to single bytes."""
+    types = {"x_ptr": "*i8", "weight_ptr": "*i8", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp16",
+             "residual_ptr": "*fp16", "out_ptr": "*fp16", **dict.fromkeys(INT8_SCALES, "fp32")}  # fmt: skip
+    flags = {"HAS_BIAS": True, "HAS_RESIDUAL": True, "QUANTIZED": True}
+    kernels = {
+        "int8_linear": [("", {})],
+        "int8_conv": [
+            (f" {size}x{size} stride {stride}", {"KERNEL_HEIGHT": size, "KERNEL_WIDTH": size, "STRIDE": stride})
+            for size, stride in ((3, 1), (3, 2), (1, 1))
+        ],
+    }
+    for op, shapes in kernels.items():
+        kernel = getattr(import_module(f"catimage_accel.kernels.{op}.triton"), f"{op}_kernel")
+        for rows in (16, 128, 8192) if op == "int8_linear" else (128, 8192):
+            for name, shape in shapes:
+                for sizes, (aligned, even, divisible) in INT8_SIZES[part].items():
+                    launch = launch_config(op, DEVICE, aligned=aligned, rows=rows) | flags | shape
+                    yield f"{op}{name}, {rows} rows{sizes}", kernel, types, launch | {"EVEN_K": even} | divisible
+
+
+def int8_quantize_cases() -> Iterator[Case]:
+    module = import_module("catimage_accel.kernels.int8_quantize.triton")
+    types = {"x_ptr": "*bf16", "input_scale_ptr": "*fp32", "y_ptr": "*i8", "inverse_scale": "fp32"}
+    for scaled in (False, True):
+        launch = launch_config("int8_quantize", DEVICE, numel=2**20) | {"HAS_INPUT_SCALE": scaled}
+        yield "int8_quantize" + " with SmoothQuant" * scaled, module.int8_quantize_kernel, types, launch
+
+
 def cases(part: str) -> Iterator[Case]:
     yield from attention_cases(part)
+    yield from int8_cases(part)
     if part == "common":
         yield from group_norm_cases()
         yield from layer_norm_cases()
         yield from geglu_cases()
         yield from guided_step_cases()
+        yield from int8_quantize_cases()
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
     name, kernel, types, launch = case
-    constexprs = {key: value for key, value in launch.items() if key in kernel.arg_names}
+    constexprs = {key: value for key, value in launch.items() if key in kernel.arg_names and value != "by 16"}
     signature = {key: "constexpr" if key in constexprs else types.get(key, "i32") for key in kernel.arg_names}
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (key, kind) in enumerate(signature.items())
-        if kind[0] == "*" or key.endswith("stride")
+        if kind[0] == "*" or key.endswith("stride") or launch.get(key) == "by 16"
     }
     options = {key: launch[key] for key in ("num_warps", "num_stages") if key in launch}
     compiled = triton.compile(
@@ -130,6 +179,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     return {
         "case": name, "capability": capability, **found,
         "shared": compiled.metadata.shared, "wgmma": "wgmma" in compiled.asm["ptx"],
+        "int8_mma": bool(re.search(INT8_MMA, compiled.asm["ptx"])),
     }  # fmt: skip
 
 

@@ -19,11 +19,15 @@ import sys
 sys.modules["triton"] = None
 import torch
 from catimage_accel.kernels import attention, geglu, group_norm, guided_step, layer_norm
+from catimage_accel.kernels import int8_conv, int8_linear, int8_quantize
 x = torch.ones(2, 4, 8, 8)
 assert attention(x, x, x).shape == group_norm(x, 2).shape == layer_norm(x).shape == x.shape
 assert layer_norm(x, residual=x)[1].shape == x.shape
 assert geglu(x).shape == (2, 4, 8, 4)
 guided_step(x, x, None, torch.ones(2, 5), guidance_scale=1)
+q = int8_quantize(x, 0.5)
+assert int8_linear(q, q[0, 0], 0.5, torch.ones(8)).shape == x.shape
+assert int8_conv(q, q, 0.5, torch.ones(2)).shape == (2, 2, 1, 1)
 try:
     group_norm(x, 2, impl="triton")
 except ValueError as error:
@@ -52,6 +56,9 @@ def test_torch_compile_sees_the_kernels() -> None:
         {"op": "geglu", "kernels": ["geglu_kernel"]},
         {"op": "group_norm", "kernels": ["moments_nchw_kernel", "combine_kernel", "apply_nchw_kernel"]},
         {"op": "guided_step", "kernels": ["moments_kernel", "step_kernel"]},
+        {"op": "int8_conv", "kernels": ["int8_conv_kernel"]},
+        {"op": "int8_linear", "kernels": ["int8_linear_kernel"]},
+        {"op": "int8_quantize", "kernels": ["int8_quantize_kernel"]},
         {"op": "layer_norm", "kernels": ["layer_norm_kernel"]},
     ]
 

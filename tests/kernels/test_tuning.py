@@ -95,7 +95,9 @@ def test_a_layout_never_gets_the_others_config(last: int, names: set[str], side:
     assert names <= set(tuning.launch_config("group_norm", CPU, channels_last=last, pixels=side**2))
 
 
-@pytest.mark.parametrize("op", ["attention", "group_norm", "layer_norm", "geglu"])
+@pytest.mark.parametrize(
+    "op", ["attention", "group_norm", "layer_norm", "geglu", "int8_linear", "int8_conv", "int8_quantize"]
+)
 def test_sweeps_are_short_and_whole(op: str) -> None:
     """Every shape has a choice of configs, with the names of the default's, and no more than can be tried."""
     module = import_module(f"catimage_accel.kernels.{op}.workload")
@@ -178,6 +180,48 @@ def test_the_faster_implementation_is_named_where_there_are_two(monkeypatch: pyt
             tuned = tune.tune_shape([workload], [config], CPU, CountingTimer(), pool)  # type: ignore[arg-type]
         assert tuned.entry == {"shape": {"width": 40}, "config": config, "impl": faster}
         assert tuned.ms["one"] == {"tuned": 1 / columns, "default": 1 / columns, "cuda": 1 / least}
+
+
+def test_a_quantized_layer_is_held_against_half_precision_and_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+    from functools import partial
+
+    from catimage_accel.kernels.int8_linear.workload import of_size
+    from catimage_accel.kernels.tuning import tune
+
+    def by_name(call: Any) -> Timing:
+        call()
+        name = call.args[1] if "run" in str(call.func) else "half"
+        return Timing({"triton": 2.0, "int_mm": 1.0, "half": 4.0}[name], 0, 0, 1, False)
+
+    class Timer:
+        time = staticmethod(by_name)
+
+    monkeypatch.setattr(tune, "BATCHES", (1,))
+    config = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+    workload = of_size("one", torch.float32, (1, 24), 16, 32, True)
+    for libraries, faster, speedup in ((("int_mm",), "int_mm", 4.0), ((), None, 2.0)):
+        half = partial(lambda arguments: partial(torch.zeros, 1))
+        with ThreadPoolExecutor(1) as pool:
+            [tuned] = [
+                tune.tune_shape([replace(workload, libraries=libraries, rival=half)], [config], CPU, Timer(), pool)  # type: ignore[arg-type]
+            ]
+        assert (tuned.impl, tuned.speedup) == (faster, pytest.approx(speedup))
+        assert tuned.entry["speedup"] == speedup
+        assert tuned.ms["one"]["rival"] == 4.0
+
+
+def test_a_measured_speedup_is_that_of_the_nearest_shape(files: Callable[..., None]) -> None:
+    from catimage_accel.kernels.tuning.impl import measured_speedup
+
+    files("cuda", ({"rows": 64}, 1), ({"rows": 4096}, 2))
+    assert measured_speedup("op", CUDA, rows=64) is None
+    path = tuning.FOLDER / "op.cuda.json"
+    small, large = json.loads(path.read_text())
+    path.write_text(json.dumps([small | {"speedup": 0.5}, large | {"speedup": 1.5}]))
+    tuning.forget()
+    assert [measured_speedup("op", CUDA, rows=rows) for rows in (1, 100, 2000)] == [0.5, 0.5, 1.5]
+    assert measured_speedup("op", CPU, rows=64) is None
 
 
 @pytest.mark.parametrize(

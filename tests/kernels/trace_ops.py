@@ -25,6 +25,15 @@ OPS: dict[str, tuple[Any, ...]] = {
     "guided_step": (
         *torch.randn(3, 2, 4, 8, 8).unbind(), torch.randn(2, 5), torch.randn(2, 4, 8, 8), torch.ones(2), 0.7,
     ),
+    "int8_conv": (
+        torch.ones(2, 16, 5, 6, dtype=torch.int8), torch.ones(8, 16, 3, 3, dtype=torch.int8), 0.1, torch.ones(8),
+        None, 1, 1, None, torch.float16, None,
+    ),
+    "int8_linear": (
+        torch.ones(5, 16, dtype=torch.int8), torch.ones(8, 16, dtype=torch.int8), 0.1, torch.ones(8), None, None,
+        torch.float16, None,
+    ),
+    "int8_quantize": (torch.randn(5, 16), 0.1, None),
     "layer_norm": (torch.randn(3, 5, 8), torch.ones(8), torch.zeros(8), 1e-5),
 }  # fmt: skip
 

@@ -1,0 +1,24 @@
+"""``int8_quantize`` against torch's ops.
+
+    pytest bench/kernels/bench_int8_quantize.py [--benchmark-json FILE]
+
+Device milliseconds, rates and shares of the device's ceilings are in each result's ``extra_info``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import Bench
+from measure import COMMON, workload_id, workloads
+
+from catimage_accel.kernels.tuning.workload import Workload
+
+
+@pytest.mark.parametrize("implementation", COMMON)
+@pytest.mark.parametrize("workload", workloads("int8_quantize"), ids=workload_id)
+@torch.no_grad()
+def test_int8_quantize(benchmark: Any, bench: Bench, workload: Workload, implementation: str) -> None:
+    bench.run(benchmark, workload, implementation)
