@@ -1,4 +1,4 @@
-"""Inputs of the tiny UNet, and its quantization without ModelOpt: scales from the largest values of one run."""
+"""Inputs of the tiny UNet, steps of two engines compared, and scales from the largest values of one run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from catimage_accel.engines import DeepFeatures, Engine
 from catimage_accel.quantize.quantization import LayerQuantization, Quantization, weights_sha256
 
 KEPT = ("conv_in", "conv_out")
@@ -18,6 +19,24 @@ def unet_inputs(rows: int, height: int = 16, width: int = 16, tokens: int = 24) 
     generator = torch.Generator().manual_seed(rows)
     sample = torch.randn((rows, 4, height, width), generator=generator)
     return sample, torch.linspace(1, 999, rows), torch.randn((rows, tokens, 32), generator=generator)
+
+
+def compare(
+    actual: Engine, expected: Engine, rows: int, size: tuple[int, int] = (16, 16), deep: DeepFeatures | None = None
+) -> None:
+    """One step of both."""
+    sample, timestep, _ = unet_inputs(rows, *size)
+    prompts = [f"{row} dogs" for row in range(rows)]
+    results = []
+    for engine in (actual, expected):
+        text = engine.gather(engine.encode_prompts(prompts))
+        own = None if deep is None else DeepFeatures(None if deep.features is None else deep.features.clone())
+        if own is not None and deep is not None:
+            own.refresh = deep.refresh
+        noise = engine.denoise(sample, timestep, text, deep=own)
+        assert noise.dtype == torch.float32
+        results.append((noise, None if own is None else own.features))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
 def measured(model: Path, unet: Any, inputs: tuple[Any, ...], *, format: str = "int8") -> Quantization:
