@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("catimage_accel.engines.unavailable._told", set())
-    yield
 
 
 def collected(call: Callable[[], Any]) -> tuple[Any, list[str]]:
@@ -171,8 +170,8 @@ def test_eager_is_the_last_resort(tiny_sd_folder: Path, tmp_path: Path, monkeypa
     [
         pytest.param("fast", "fp32", "engine is 'fast'; accepted: eager, compiled, onnxruntime, openvino", id="engine"),
         pytest.param("onnxruntime", "bf16", "precision is 'bf16' with engine 'onnxruntime'; accepted: fp32, int8",
-                     id="pair"),
-        pytest.param("compiled", "int8", "precision is 'int8' with engine 'compiled'; accepted: fp32, bf16", id="pair 2"),
+                     id="one"),
+        pytest.param("compiled", "int8", "precision is 'int8' with engine 'compiled'; accepted: fp32, bf16", id="two"),
         pytest.param("eager", "fp16", "precision is 'fp16' on device 'cpu'; accepted there: fp32, bf16", id="fp16"),
         pytest.param("eager", "int8", "precision is 'int8' and quantization None; accepted: a folder", id="no scales"),
         pytest.param("eager", "half", "precision is 'half' with engine 'eager'; accepted: fp32", id="precision"),
