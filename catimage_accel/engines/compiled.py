@@ -47,7 +47,8 @@ class CompiledEngine(EagerEngine):
         try:
             self.denoise(sample, torch.tensor([999.0, 1.0], device=self.device), text)
         except RuntimeError as error:  # dynamo's and inductor's own errors, no C++ compiler among them
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            # The first line may say no more than which backend raised.
+            reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
             raise EngineUnavailable(f"torch.compile of {model / unet} failed: {reason}; use engine 'eager'") from error
 
     @cached_property

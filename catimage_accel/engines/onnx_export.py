@@ -119,8 +119,8 @@ def _trace(
         results = module(*inputs)
     results = (results,) if isinstance(results, Tensor) else results
     shapes = {name: tensor.ndim for name, tensor in zip([*names, *outputs], [*inputs, *results], strict=True)}
-    logs = torch._C._jit_is_onnx_log_enabled()
-    torch._C._jit_set_onnx_log_enabled(False)  # on failure it prints the whole graph
+    log = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *_: None  # on failure torch prints the whole graph, asked or not
     for name, symbolic in _SYMBOLICS.items():
         torch.onnx.register_custom_op_symbolic(name, symbolic, OPSET)
     try:
@@ -138,7 +138,7 @@ def _trace(
             "operators that ONNX has, others run with engine 'eager'"
         ) from error
     finally:
-        torch._C._jit_set_onnx_log_enabled(logs)
+        torch._C._jit_onnx_log = log
         for name in _SYMBOLICS:
             torch.onnx.unregister_custom_op_symbolic(name, OPSET)
 

@@ -17,6 +17,7 @@ from catimage_accel.engines.cache_entry import read_record
 from catimage_accel.engines.components import Component, ShapeProfile
 from catimage_accel.engines.machine import device_key, os_key
 from catimage_accel.engines.onnx_export import FORMAT, MODEL_FILE, export
+from catimage_accel.engines.openvino_time import TIME, time_alone, without_time
 from catimage_accel.engines.unavailable import EngineUnavailable, why_missing
 
 __all__ = ["RUNTIMES", "OpenVINO", "OpenVINORunner"]
@@ -67,7 +68,7 @@ class OpenVINORunner:
 
     def __init__(self, component: Component, profile: ShapeProfile, cache: EngineCache, version: str) -> None:
         self._component, self._profile, self._cache, self._version = component, profile, cache, version
-        # OpenVINO rounds to bfloat16 by itself, and better: not what it sums up.
+        # OpenVINO rounds to bfloat16 by itself, where that is faster.
         self._source = replace(component, precision="fp32") if component.precision == "bf16" else component
         self._requests: dict[int | None, Any] = {}
 
@@ -79,6 +80,9 @@ class OpenVINORunner:
                 model = self._compile(None) if bucket is None else self._load(bucket, self._entry(bucket))
                 self._requests[bucket] = model.create_infer_request()
             arrays = {name: _array(value, rows if bucket is None else bucket) for name, value in inputs.items()}
+            if self._time is not None:
+                arrays[TIME] = self._time({name: arrays[name] for name in ("sample", "timestep")})[0]
+                del arrays["timestep"]
             # Inputs are read where they are. Outputs are OpenVINO's, overwritten by the next call: hence the copies.
             results = self._requests[bucket].infer(arrays, share_inputs=True, share_outputs=True)
         except RuntimeError as error:
@@ -132,6 +136,8 @@ class OpenVINORunner:
     def _compile(self, rows: int | None) -> Any:
         """The model for a batch size, or for any shapes; the latter can't be exported, for its import fails."""
         model = _core().read_model(self._weights.folder / _IR_FILE)
+        if self._time is not None:
+            model = without_time(model)
         if rows is not None:
             model.reshape({one.get_any_name(): _fixed(one.partial_shape, rows, self._profile) for one in model.inputs})
         return _core().compile_model(model, "CPU", self._config)
@@ -144,6 +150,14 @@ class OpenVINORunner:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "CACHE_MODE": "OPTIMIZE_SIZE",  # an export leaves the weights out
         }
+
+    @cached_property
+    def _time(self) -> Any:
+        """What embeds the timestep, if that needs a model of its own: bfloat16 holds no timestep above 256."""
+        if self._component.precision != "bf16" or self._component.name == "vae_decoder":
+            return None
+        config = {**self._config, "INFERENCE_PRECISION_HINT": "f32"}
+        return _core().compile_model(time_alone(_core().read_model(self._weights.folder / _IR_FILE)), "CPU", config)
 
     @cached_property
     def _weights(self) -> CacheEntry:
