@@ -89,8 +89,8 @@ def quantize_unet(
 ) -> tuple[Quantization, QuantizationReport]:
     """Calibrates on three of four rows of ``inputs``, keeps what is sensitive, and measures on the other rows.
 
-    ``percentile`` None is the recipe's. ``advance`` is told how many of how many parts of the work are done. See :func:`~.calibrate.calibrate` and
-    :func:`~.sensitivity.keep_sensitive` for the arguments and what is raised.
+    ``percentile`` None is the recipe's. ``advance`` is told how many of how many parts of the work are done. See
+    :func:`~.calibrate.calibrate` and :func:`~.sensitivity.keep_sensitive` for the arguments and what is raised.
     """
     if len(inputs) < HELD_OUT:
         raise ValueError(f"inputs has {len(inputs)} rows; accepted: {HELD_OUT} or more, some of them to measure on")
