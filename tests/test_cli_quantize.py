@@ -100,6 +100,7 @@ def test_fp8_and_prompts_of_a_file(catalog: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     made = Catalog.load(catalog).candidate("cheap-2-fp8")
     assert (made.precision, made.quantization) == ("fp8", "quantized/unet-fp8")
+    assert json.loads((catalog / "quantized" / "unet-fp8" / "report.json").read_text())["percentile"] == 100
     assert Quantization.load(catalog / "quantized" / "unet-fp8").calibration["prompts"] == 2
     assert not (catalog / "checksums.json").exists()
 

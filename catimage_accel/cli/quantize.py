@@ -42,8 +42,9 @@ def quantize(
         float, typer.Option(min=0, max=1, help="The share of multiply-adds that may stay in high precision.")
     ] = 0.05,
     percentile: Annotated[
-        float, typer.Option(min=50, max=100, help="Activations beyond this percentile are clipped; 100 clips none.")
-    ] = 99.99,
+        float | None,
+        typer.Option(min=50, max=100, help="Clip activations beyond it: 99.99 if absent, and 100, so none, for fp8."),
+    ] = None,
     outputs: Annotated[bool, typer.Option(help="Round outputs, too, so that engines pass integers on.")] = True,
     out: Annotated[str | None, typer.Option(help="Name of the folder under quantized/; UNet-RECIPE if absent.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a CUDA device where there is one.")] = None,

@@ -10,6 +10,7 @@ from catimage_accel.quantize.calibrate import calibrate
 from catimage_accel.quantize.inputs import UNetInputs
 from catimage_accel.quantize.layers import multiply_adds
 from catimage_accel.quantize.quantization import Quantization
+from catimage_accel.quantize.recipes import find_recipe
 from catimage_accel.quantize.sensitivity import keep_sensitive, layer_errors, output_error
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def quantize_unet(
     recipe: str = "int8",
     *,
     source_sha256: str,
-    percentile: float,
+    percentile: float | None = None,
     outputs: bool = True,
     budget: float = 0.05,
     calibration: Mapping[str, Any] | None = None,
@@ -88,13 +89,14 @@ def quantize_unet(
 ) -> tuple[Quantization, QuantizationReport]:
     """Calibrates on three of four rows of ``inputs``, keeps what is sensitive, and measures on the other rows.
 
-    ``advance`` is told how many of how many parts of the work are done. See :func:`~.calibrate.calibrate` and
-    :func:`~.sensitivity.keep_sensitive` for the arguments and what is raised.
+    ``percentile`` None is the recipe's. ``advance`` is told how many of how many parts of the work are done. See
+    :func:`~.calibrate.calibrate` and :func:`~.sensitivity.keep_sensitive` for the arguments and what is raised.
     """
     if len(inputs) < HELD_OUT:
         raise ValueError(f"inputs has {len(inputs)} rows; accepted: {HELD_OUT} or more, some of them to measure on")
     if not 0 <= budget <= 1:
         raise ValueError(f"budget is {budget}; accepted: 0 to 1, the share of multiply-adds in high precision")
+    percentile = find_recipe(recipe).percentile if percentile is None else percentile
     held_out = inputs.rows(slice(HELD_OUT - 1, None, HELD_OUT)).batches(ROWS_TOGETHER)
     seen = inputs.rows([row for row in range(len(inputs)) if row % HELD_OUT != HELD_OUT - 1])
     some = seen.rows(slice(None, None, max(1, len(seen) // SENSITIVITY_ROWS))).batches(ROWS_TOGETHER)

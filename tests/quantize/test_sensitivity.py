@@ -129,12 +129,13 @@ def test_multiply_adds_are_counted_by_hand(unet: Any) -> None:
 def test_report_tells_every_layer(unet: Any) -> None:
     told: list[tuple[int, int]] = []
     quantization, report = quantize_unet(
-        unet, random_inputs(16), "int8", source_sha256="a" * 64, percentile=99.9, budget=0.1,
+        unet, random_inputs(16), "int8", source_sha256="a" * 64, budget=0.1,
         calibration={"prompts": 2}, advance=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert told == [(done, 2 * 2 + 83) for done in range(1, 2 * 2 + 83 + 1)]
     assert report.digest == quantization.digest
     assert (report.calibration_rows, report.held_out_rows) == (12, 4)
+    assert report.percentile == 99.99
     assert len(report.layers) == 83
     kept = {layer.name: layer for layer in report.layers if layer.why}
     assert kept.keys() == quantization.kept.keys()
@@ -154,4 +155,4 @@ def test_report_tells_every_layer(unet: Any) -> None:
 
 def test_too_few_inputs_are_refused(unet: Any) -> None:
     with pytest.raises(ValueError, match="inputs has 3 rows; accepted: 4 or more"):
-        quantize_unet(unet, random_inputs(3), source_sha256="a" * 64, percentile=100.0)
+        quantize_unet(unet, random_inputs(3), source_sha256="a" * 64)
