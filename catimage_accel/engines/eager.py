@@ -124,6 +124,11 @@ class EagerEngine:
         self.sample_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.scale_factor: int = self.shared.scale_factor
 
+    @classmethod
+    def why_not(cls, device: torch.device) -> str | None:
+        """Why it can't run on ``device``, one line with the remedy; None if it can."""
+        return None
+
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextState]:
         states = {prompt: state for prompt in prompts if (state := self._states.get(prompt)) is not None}

@@ -24,6 +24,7 @@ __all__ = ["ENGINES", "LoadedEngines", "find_runtime", "precisions_of"]
 _IN_TORCH = {
     "eager": "catimage_accel.engines.eager:EagerEngine",
     "compiled": "catimage_accel.engines.compiled:CompiledEngine",
+    "triton": "catimage_accel.engines.triton_int8:TritonInt8Engine",
 }
 # Engine -> module whose RUNTIMES holds its Runtime.
 _RUNTIMES = {
@@ -136,7 +137,8 @@ class LoadedEngines:
 
     def _load(self, engine: str, model: Path, unet: str, precision: str, quantization: Path | None) -> Engine:
         # Looked at before the shared parts are read, which take longer.
-        if engine in _RUNTIMES and (reason := find_runtime(engine).why_not(self.device)) is not None:
+        kind = find_runtime(engine) if engine in _RUNTIMES else _in_torch(engine)
+        if (reason := kind.why_not(self.device)) is not None:
             raise EngineUnavailable(reason)
         dtype = check_precision(precision, self.device)
         if (model, dtype) not in self._shared:

@@ -53,7 +53,7 @@ class TritonInt8Engine(EagerEngine):
         if quantization is None:
             raise ValueError("quantization is None; accepted with engine 'triton': a folder of `catimage quantize`")
         device = torch.device(device)
-        if (problem := self.why_not(device)) is not None:
+        if device.type == "cuda" and (problem := self.why_not(device)) is not None:
             raise EngineUnavailable(problem)
         scales = Quantization.load(quantization)
         if scales.format != "int8":
@@ -67,7 +67,7 @@ class TritonInt8Engine(EagerEngine):
     def why_not(cls, device: torch.device) -> str | None:
         """Why the kernels can't run on ``device``, with the remedy; None where they can."""
         if device.type != "cuda":
-            return None
+            return f"its kernels need a CUDA device, and the device is {device}; use 'openvino' or 'onnxruntime'"
         if not TRITON_INSTALLED:
             return "triton not installed: pip install 'catimage-accel[triton]'"
         if (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
