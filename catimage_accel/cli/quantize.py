@@ -43,7 +43,7 @@ def quantize(
     ] = 0.05,
     percentile: Annotated[
         float | None,
-        typer.Option(min=50, max=100, help="Clip activations beyond it: 99.99 if absent, and 100, so none, for fp8."),
+        typer.Option(min=50, max=100, help="Clip activations beyond it: 99.999 if absent, and 100, so none, for fp8."),
     ] = None,
     outputs: Annotated[bool, typer.Option(help="Round outputs, too, so that engines pass integers on.")] = True,
     out: Annotated[str | None, typer.Option(help="Name of the folder under quantized/; UNet-RECIPE if absent.")] = None,

@@ -28,8 +28,8 @@ class Recipe:
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("int8", "int8", "INT8_DEFAULT_CFG", 99.99),
-        Recipe("int8-smoothquant", "int8", "INT8_SMOOTHQUANT_CFG", 99.99),
+        Recipe("int8", "int8", "INT8_DEFAULT_CFG", 99.999),
+        Recipe("int8-smoothquant", "int8", "INT8_SMOOTHQUANT_CFG", 99.999),
         Recipe("fp8", "fp8", "FP8_DEFAULT_CFG", 100.0),
     )
 }

@@ -135,7 +135,7 @@ def test_report_tells_every_layer(unet: Any) -> None:
     assert told == [(done, 2 * 2 + 83) for done in range(1, 2 * 2 + 83 + 1)]
     assert report.digest == quantization.digest
     assert (report.calibration_rows, report.held_out_rows) == (12, 4)
-    assert report.percentile == 99.99
+    assert report.percentile == 99.999
     assert len(report.layers) == 83
     kept = {layer.name: layer for layer in report.layers if layer.why}
     assert kept.keys() == quantization.kept.keys()
