@@ -41,7 +41,9 @@ def tune_engines(
     can't run a candidate here is skipped and told; nothing is measured with another in its place. ``advance`` is told
     how many pairs of engine and candidate are done.
     """
-    executor = Executor(max_batch=max(batch_sizes), device=device, resolve_model=catalog.resolve_model)
+    executor = Executor(
+        max_batch=max(batch_sizes), device=device, resolve_model=catalog.resolve_model, fall_back=False
+    )  # fmt: skip
     tuned = Tuned({}, {})
     able: dict[tuple[object, ...], list[Candidate]] = {}
     for engine in engines:
@@ -56,8 +58,17 @@ def tune_engines(
     order = random.Random(0)
     for turn in range(rounds):
         for group in order.sample(list(able.values()), len(able)):
-            known = tuned.milliseconds.setdefault(group[0].engine, {})
+            engine, names = group[0].engine, [candidate.name for candidate in group]
+            if group[0].name in tuned.skipped.get(engine, {}):
+                continue
             timed = time_candidates(replace(catalog, candidates=tuple(group)), executor, batch_sizes)
+            known = tuned.milliseconds.setdefault(engine, {})
+            if (reason := _gave_up(executor, group[0])) is not None:
+                tuned.skipped.setdefault(engine, {}).update(dict.fromkeys(names, reason))
+                for name in names:
+                    known.pop(name, None)
+                advance(len(group))
+                continue
             for name, times in timed.items():
                 before = known.get(name, times)
                 known[name] = {batch: min(value, before[batch]) for batch, value in times.items()}
@@ -76,7 +87,13 @@ def tuned_catalog(catalog: Catalog, tuned: Tuned, device: torch.device) -> Catal
 def _why_not(executor: Executor, candidate: Candidate) -> str | None:
     """Why ``candidate.engine`` can't run the candidate here; None if it can, and is loaded."""
     try:
-        engine, _ = executor.prepare(candidate)
+        executor.prepare(candidate)
     except (EngineUnavailable, ValueError) as error:
         return str(error)
-    return None if engine.name == candidate.engine else f"{engine.name} ran in its place"
+    return None
+
+
+def _gave_up(executor: Executor, candidate: Candidate) -> str | None:
+    """What PyTorch ran in the place of ``candidate.engine``, if it did."""
+    parts = getattr(executor.prepare(candidate)[0], "given_up", ())
+    return f"PyTorch ran the {' and '.join(sorted(parts))} in its place" if parts else None

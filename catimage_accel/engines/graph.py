@@ -79,6 +79,11 @@ class GraphEngine:
         self._deepcache = False
         self._try("unet")
 
+    @property
+    def given_up(self) -> frozenset[str]:
+        """The components that PyTorch runs in the runtime's place, because the runtime failed at one."""
+        return frozenset(self._given_up)
+
     def prepare_deepcache(self) -> None:
         """Builds and tries the graphs that DeepCache needs; raises EngineUnavailable if the runtime can't."""
         if not self._deepcache:

@@ -56,9 +56,13 @@ def precisions_of(engine: str) -> tuple[str, ...]:
 class LoadedEngines:
     """Loads each engine once; text encoder and decoder once a folder and type."""
 
-    def __init__(self, device: torch.device, cache: EngineCache | None = None) -> None:
-        """``cache`` is where built graphs are kept; None: the user's own, opened when one is asked for."""
+    def __init__(self, device: torch.device, cache: EngineCache | None = None, *, fall_back: bool = True) -> None:
+        """``cache`` is where built graphs are kept; None: the user's own, opened when one is asked for.
+
+        Without ``fall_back`` :meth:`get` tries no engine but those that it is given.
+        """
         self.device = device
+        self._last = (LAST,) if fall_back else ()
         self._cache = cache
         self._engines: dict[tuple[Any, ...], Engine] = {}
         self._failed: dict[tuple[Any, ...], EngineUnavailable] = {}
@@ -103,7 +107,7 @@ class LoadedEngines:
         """
         model = model.resolve()
         self.check(model, unet, engines, precision, quantization)
-        names = list(dict.fromkeys((*engines, LAST)))
+        names = list(dict.fromkeys((*engines, *self._last)))
         for engine, following in zip(names, [*names[1:], None], strict=True):
             try:
                 return self._get(engine, model, unet, precision, quantization, deepcache)

@@ -47,6 +47,7 @@ class Executor:
         device: torch.device | str | None = None,
         resolve_model: Callable[[str], Path] | None = None,
         rank_engines: Callable[[Candidate], Sequence[str]] | None = None,
+        fall_back: bool = True,
     ) -> None:
         """
         Args:
@@ -56,6 +57,7 @@ class Executor:
                 for a path.
             rank_engines: The engines to try for a candidate, best first, e.g. ``Catalog.engines_for`` on this device;
                 None: the candidate's own, "eager" for "auto". One that can't run here is passed over with a warning.
+            fall_back: Whether "eager" runs where no engine of the ranking can; else :class:`EngineUnavailable` raises.
         """
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch is {max_batch!r}; accepted: a whole number from 1")
@@ -63,7 +65,7 @@ class Executor:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._resolve_model = resolve_model or Path
         self._rank_engines = rank_engines or _own_engine
-        self._engines = LoadedEngines(self.device)
+        self._engines = LoadedEngines(self.device, fall_back=fall_back)
         self._tables: dict[tuple[Path, str, int], SamplerTable] = {}
         self._prepared: dict[tuple[Any, ...], tuple[Engine, SamplerTable]] = {}
 
