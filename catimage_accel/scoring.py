@@ -16,6 +16,7 @@ import torch
 from catimage_accel.catalog import QUALITY_FILE, Candidate, Catalog
 from catimage_accel.executor import Executor, Job
 from catimage_accel.profiling import profiled_device
+from catimage_accel.quantize import Quantization
 from catimage_accel.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class _Scores:
         import pyarrow.parquet
 
         self.path = catalog.folder / QUALITY_FILE
-        self.definitions = {candidate.name: _definition(candidate) for candidate in catalog.candidates}
+        self.definitions = {candidate.name: _definition(catalog, candidate) for candidate in catalog.candidates}
         self.models = {metric.name: str(found) for metric in metrics if (found := getattr(metric, "digest", None))}
         self.rows: dict[tuple[str, str, int, str], float] = {}
         if not self.path.is_file():
@@ -198,8 +199,11 @@ class _Scores:
         write_atomic(self.path, content.getvalue())
 
 
-def _definition(candidate: Candidate) -> dict[str, Any]:
-    return _drawing(asdict(candidate))
+def _definition(catalog: Catalog, candidate: Candidate) -> dict[str, Any]:
+    fields = _drawing(asdict(candidate))
+    if candidate.quantization is not None:
+        fields["quantization"] = Quantization.load(catalog.resolve_model(candidate.quantization)).digest
+    return fields
 
 
 def _drawing(fields: Mapping[str, Any]) -> dict[str, Any]:
