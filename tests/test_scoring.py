@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 
 from catimage_accel import Catalog
 from catimage_accel.executor import Executor, Finished, Job
 from catimage_accel.profiling import profiled_device
+from catimage_accel.quantize import LayerQuantization, Quantization, weights_sha256
 from catimage_accel.scoring import image_seed, score_candidates
 
 PROMPTS = ["a dog", "a cat", "a bee", "a dog"]
@@ -180,6 +182,32 @@ def test_scores_of_a_changed_candidate_are_drawn_again(bare: Path) -> None:
     assert scored(bare, Brightness()) == 3
     changed = {name for key, score in table(bare).items() if score != before[key] for name in [key[1]]}
     assert changed == {"dear-4"}
+
+
+def test_another_engine_draws_the_same_picture(bare: Path) -> None:
+    scored(bare, Brightness())
+    path = bare / "catalog.toml"
+    path.write_text(path.read_text().replace('engine = "auto"', 'engine = "eager"'))
+    assert {candidate.engine for candidate in Catalog.load(bare, verify=False).candidates} == {"eager"}
+    assert scored(bare, Brightness()) == 0
+
+
+def test_scores_of_another_quantization_in_the_same_folder_are_drawn_again(bare: Path) -> None:
+    catalog = Catalog.load(bare, verify=False)
+    low = dataclasses.replace(catalog.candidates[0], name="low", precision="int8", quantization="quantized/some")
+
+    def quantize(largest: float) -> None:
+        one = LayerQuantization(torch.ones(16), torch.tensor(largest), None, None)
+        digest = weights_sha256(bare / "model")
+        Quantization("int8", "int8", {"conv_in": one}, {}, digest, {}, {}).save(bare / "quantized" / "some")
+
+    quantize(4.0)
+    dataclasses.replace(catalog, candidates=(*catalog.candidates, low), flops={}, milliseconds={}).save(bare)
+    assert scored(bare, Brightness()) == 12
+    before = table(bare)
+    quantize(1.0)
+    assert scored(bare, Brightness()) == 3
+    assert {key[1] for key, score in table(bare).items() if score != before[key]} == {"low"}
 
 
 def test_other_metrics_rows_stay(bare: Path, tiny_catalog: Path) -> None:
