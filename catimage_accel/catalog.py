@@ -121,7 +121,9 @@ class Catalog:
     def costs(self) -> dict[str, float]:
         """Candidate name -> what an image costs, in GFLOP or milliseconds: what routing weighs and ``budget`` is in."""
         if self.cost_device is not None:
-            times = {one.name: fastest(self.milliseconds, self.cost_device, one.name) for one in self.candidates}
+            times = {
+                one.name: fastest(self.milliseconds, self.cost_device, one.name, one.engine) for one in self.candidates
+            }
             found = {name: next(reversed(by_batch.values()))[1] for name, by_batch in times.items() if by_batch}
             what, how = f"milliseconds of {self.cost_device}", "catimage engine tune"
         else:

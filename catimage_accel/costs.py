@@ -8,20 +8,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-Milliseconds = dict[str, dict[str, dict[str, dict[str, Annotated[float, Field(gt=0)]]]]]
+EngineTimes = dict[str, dict[str, dict[str, Annotated[float, Field(gt=0)]]]]
+Milliseconds = dict[str, EngineTimes]
 """[device][engine][candidate][batch size] -> milliseconds an image."""
 
 CostUnit = Literal["gflop", "milliseconds"]
 COST_NAMES: Mapping[CostUnit, str] = {"gflop": "GFLOP", "milliseconds": "ms"}
+
+# Compiles anew in every process, for half a minute and more: never chosen unasked.
+BY_REQUEST = ("compiled",)
 
 
 def ranked_engines(milliseconds: Milliseconds, device: str, candidates: Sequence[str]) -> tuple[str, ...]:
     """The engines measured on ``device`` for ``candidates``, which share their weights, fastest first.
 
     By the geometric mean over all pairs of candidate and batch size that every one of these engines has. A processor
-    that was never measured goes by another that was, of any number of threads. Empty where nothing was measured.
+    that was never measured goes by another that was, of any number of threads. Those of ``BY_REQUEST`` are left out.
+    Empty where nothing was measured.
     """
-    engines = milliseconds.get(device) or _like(milliseconds, device)
+    engines = _automatic(milliseconds.get(device) or _like(milliseconds, device))
     times = {
         engine: {
             (name, batch): value for name in candidates for batch, value in found.get(name, {}).items()
@@ -41,17 +46,25 @@ def ranked_engines(milliseconds: Milliseconds, device: str, candidates: Sequence
     return tuple(sorted(times, key=mean))
 
 
-def fastest(milliseconds: Milliseconds, device: str, candidate: str) -> dict[str, tuple[str, float]]:
-    """Batch size -> (engine, milliseconds an image) of the engine that is fastest at it on ``device``."""
+def fastest(
+    milliseconds: Milliseconds, device: str, candidate: str, engine: str = "auto"
+) -> dict[str, tuple[str, float]]:
+    """Batch size -> (engine, milliseconds an image) of ``engine``, or of the fastest chosen unasked, on ``device``."""
+    engines = milliseconds.get(device, {})
+    engines = _automatic(engines) if engine == "auto" else {engine: engines.get(engine, {})}
     found: dict[str, tuple[str, float]] = {}
-    for engine, times in milliseconds.get(device, {}).items():
+    for engine, times in engines.items():
         for batch, value in times.get(candidate, {}).items():
             if batch not in found or value < found[batch][1]:
                 found[batch] = engine, value
     return dict(sorted(found.items(), key=lambda item: int(item[0])))
 
 
-def _like(milliseconds: Milliseconds, device: str) -> dict[str, dict[str, dict[str, float]]]:
+def _automatic(engines: EngineTimes) -> EngineTimes:
+    return {name: times for name, times in engines.items() if name not in BY_REQUEST}
+
+
+def _like(milliseconds: Milliseconds, device: str) -> EngineTimes:
     """What the first processor has, if ``device`` is one too: engines keep their order better than their times."""
     if not device.endswith(" threads"):
         return {}

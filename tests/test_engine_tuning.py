@@ -25,6 +25,7 @@ TIMES: Milliseconds = {
         "eager": {"a": {"1": 10.0, "4": 8.0}, "b": {"1": 20.0, "4": 16.0}},
         "onnxruntime": {"a": {"1": 4.0, "4": 7.0}, "b": {"1": 9.0, "4": 15.0}},
         "openvino": {"a": {"1": 6.0, "4": 3.0}},
+        "compiled": {"a": {"1": 1.0, "4": 1.0}},  # the fastest, but not chosen unasked
     },
     "NVIDIA H100": {"tensorrt": {"a": {"1": 0.5}}},
 }
@@ -49,6 +50,7 @@ def test_the_fastest_engine_may_differ_by_batch_size() -> None:
     found = fastest(TIMES, "Big CPU, 8 threads", "a")
     assert found == {"1": ("onnxruntime", 4.0), "4": ("openvino", 3.0)}
     assert fastest(TIMES, "unknown", "a") == {}
+    assert fastest(TIMES, "Big CPU, 8 threads", "a", "compiled")["4"] == ("compiled", 1.0)
 
 
 def test_candidates_of_the_same_weights_get_the_same_engine() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from catimage_accel.candidate import Candidate
 from catimage_accel.catalog import BUILT_IN, QUALITY_FILE, Catalog
 from catimage_accel.cli.console import results
 from catimage_accel.costs import Milliseconds, fastest
@@ -29,7 +30,7 @@ def list_candidates(
             "precision": candidate.precision, "options": dict(candidate.options),
             "gflop": loaded.flops[candidate.name] / 1e9 if candidate.name in loaded.flops else None,
             "quality": qualities.get(candidate.name),
-            "milliseconds": _milliseconds(loaded.milliseconds, candidate.name),
+            "milliseconds": _milliseconds(loaded.milliseconds, candidate),
         }
         for candidate in loaded.candidates
     ]  # fmt: skip
@@ -62,12 +63,12 @@ def _times(times: dict[str, dict[str, Any]]) -> str:
     return ", ".join(f"{one['milliseconds']:.0f} at {batch}" for batch, one in times.items()) + f" ({engines})"
 
 
-def _milliseconds(measured: Milliseconds, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+def _milliseconds(measured: Milliseconds, candidate: Candidate) -> dict[str, dict[str, dict[str, Any]]]:
     """Device -> batch size -> the fastest engine and its milliseconds an image, where measured."""
     found = {
         device: {
             batch: {"engine": engine, "milliseconds": value}
-            for batch, (engine, value) in fastest(measured, device, name).items()
+            for batch, (engine, value) in fastest(measured, device, candidate.name, candidate.engine).items()
         }
         for device in measured
     }  # fmt: skip

@@ -78,12 +78,12 @@ def _show(catalog: Catalog, tuned: Tuned, device: str, sizes: list[int], as_json
     for engine in tuned.milliseconds:
         table.add_column(engine, justify="right", no_wrap=True)
     for one in catalog.candidates:
-        best = fastest(catalog.milliseconds, device, one.name)
+        best = {batch: by for batch, (by, _) in fastest(catalog.milliseconds, device, one.name, one.engine).items()}
         cells = []
         for engine, found in tuned.milliseconds.items():
             times = found.get(one.name, {})
             cells.append(
-                " / ".join(f"{times[batch]:.0f}{'*' if best[batch][0] == engine else ''}" for batch in map(str, sizes))
+                " / ".join(f"{times[batch]:.0f}{'*' if best.get(batch) == engine else ''}" for batch in map(str, sizes))
                 if times else "-"
             )  # fmt: skip
         table.add_row(one.name, *cells)
