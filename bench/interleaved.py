@@ -63,10 +63,13 @@ def warm_up(calls: Calls, *, until: float) -> tuple[Calls, dict[str, str]]:
     return run, not_run
 
 
-def interleave(calls: Calls, device: torch.device, *, seconds: float, least: int = 5) -> dict[str, Times]:
+def interleave(
+    calls: Calls, device: torch.device, *, seconds: float, least: int = 5, wall: bool = False
+) -> dict[str, Times]:
     """Rounds for about ``seconds``, ``least`` at least. By CUDA events on a GPU; on a CPU in the process's CPU time.
 
-    CPU time, as other programs take turns on a busy machine: with one thread it is the time of an idle one.
+    CPU time, as other programs take turns on a busy machine: with one thread it is the time of an idle one. ``wall``
+    takes the time on the wall instead, for several threads, which count for more than they do while they wait.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     end = time.monotonic() + seconds
@@ -76,15 +79,15 @@ def interleave(calls: Calls, device: torch.device, *, seconds: float, least: int
             break
         # Caches hold what the call before left there, so nobody always comes after the same one.
         for name in order.sample(list(calls), len(calls)):
-            found[name].append(_time(calls[name], device))
+            found[name].append(_time(calls[name], device, time.perf_counter if wall else time.process_time))
     return {name: Times(rounds) for name, rounds in found.items()}
 
 
-def _time(call: Callable[[], Any], device: torch.device) -> float:
+def _time(call: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
     if device.type != "cuda":
-        start = time.process_time()
+        start = clock()
         call()
-        return 1000 * (time.process_time() - start)
+        return 1000 * (clock() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()

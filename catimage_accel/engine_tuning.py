@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,10 +33,10 @@ def tune_engines(
     device: torch.device,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
-    rounds: int = 2,
+    rounds: int = 3,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Tuned:
-    """Times ``catalog``'s candidates with each of ``engines``, in turns, the better of ``rounds``.
+    """Times ``catalog``'s candidates with each of ``engines``, in turns, the median of ``rounds``.
 
     Turns are in an order that changes, so that what else the machine does in a while falls on all alike. An engine that
     can't run a candidate here is skipped and told; nothing is measured with another in its place. ``advance`` is told
@@ -55,6 +56,7 @@ def tune_engines(
             else:
                 tuned.skipped.setdefault(engine, {})[candidate.name] = reason
                 advance(1)
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
     order = random.Random(0)
     for turn in range(rounds):
         for group in order.sample(list(able.values()), len(able)):
@@ -62,25 +64,27 @@ def tune_engines(
             if group[0].name in tuned.skipped.get(engine, {}):
                 continue
             timed = time_candidates(replace(catalog, candidates=tuple(group)), executor, batch_sizes)
-            known = tuned.milliseconds.setdefault(engine, {})
             if (reason := _gave_up(executor, group[0])) is not None:
                 tuned.skipped.setdefault(engine, {}).update(dict.fromkeys(names, reason))
-                for name in names:
-                    known.pop(name, None)
                 advance(len(group))
                 continue
             for name, times in timed.items():
-                before = known.get(name, times)
-                known[name] = {batch: min(value, before[batch]) for batch, value in times.items()}
+                for batch, value in times.items():
+                    found.setdefault((engine, name), {}).setdefault(batch, []).append(value)
             if turn == rounds - 1:
                 advance(len(group))
+    for (engine, name), by_batch in found.items():
+        if name not in tuned.skipped.get(engine, {}):
+            medians = {batch: statistics.median(values) for batch, values in by_batch.items()}
+            tuned.milliseconds.setdefault(engine, {})[name] = medians
     return tuned
 
 
 def tuned_catalog(catalog: Catalog, tuned: Tuned, device: torch.device) -> Catalog:
-    """``catalog`` with the times of this device, by which routing now weighs costs."""
+    """``catalog`` with the times of this device, by which routing now weighs costs; other engines keep theirs."""
     name = profiled_device(device)
-    milliseconds: Milliseconds = {**catalog.milliseconds, name: tuned.milliseconds}
+    kept = catalog.milliseconds.get(name, {})
+    milliseconds: Milliseconds = {**catalog.milliseconds, name: {**kept, **tuned.milliseconds}}
     return replace(catalog, milliseconds=milliseconds, cost="milliseconds", cost_device=name)
 
 

@@ -135,16 +135,16 @@ def time_candidates(
         )  # fmt: skip
         if alike not in measured:
             interval = candidate.options.get("deepcache_interval", 1)
-            few, many = 2 * interval, 5 * interval
-            _seconds(executor, replace(candidate, steps=few), 1)
-            measured[alike] = {
-                batch: (
+            few, many = 2 * interval, 8 * interval
+            measured[alike] = {}
+            for batch in batch_sizes:
+                # Engines are built for a batch size when it is first met.
+                _seconds(executor, replace(candidate, steps=few), batch)
+                measured[alike][batch] = (
                     min(_seconds(executor, replace(candidate, steps=few), batch) for _ in range(2)),
                     min(_seconds(executor, replace(candidate, steps=many), batch) for _ in range(2)),
                     few, many,
-                )
-                for batch in batch_sizes
-            }  # fmt: skip
+                )  # fmt: skip
         found[candidate.name] = {}
         for batch, (first, second, few, many) in measured[alike].items():
             seconds = first + (candidate.steps - few) * max(0.0, second - first) / (many - few)

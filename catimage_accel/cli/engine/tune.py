@@ -21,7 +21,7 @@ def tune(
     catalog: Annotated[Path, typer.Argument(metavar="CATALOG", help="A catalog's folder.")],
     engine: Annotated[list[str] | None, typer.Option(help="Engines to measure; all if absent.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes to time; 1, 4 and 16 if absent.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Each pair is timed so often; the best counts.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Each is timed so often; the median counts.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a candidate instead.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a CUDA device where there is one.")] = None,
 ) -> None:
