@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from catimage_accel.catalog import Candidate, Catalog
 from catimage_accel.cli import app
 from catimage_accel.executor import Executor
 from catimage_accel.quality_gate import Gated, gate, read_gate, twin_of, write_gate
+from catimage_accel.quantize import LayerQuantization, Quantization, weights_sha256
 
 CPU = torch.device("cpu")
 PROMPTS = [f"{number} bees" for number in range(10)]
@@ -139,3 +141,24 @@ def test_the_command_without_a_quantized_candidate_says_how_to_make_one(tiny_cat
     assert done.exit_code == 2
     assert "has no candidate in int8 or fp8; make one with `catimage quantize" in done.output
     assert Catalog.load(folder)
+
+
+def test_the_command_holds_an_int8_candidate_against_its_twin(tiny_catalog: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_catalog, tmp_path / "catalog")
+    scales = LayerQuantization(torch.ones(16), torch.tensor(4.0), None, None)
+    quantization = Quantization("int8", "int8", {"conv_in": scales}, {}, weights_sha256(folder / "model"), {}, {})
+    quantization.save(folder / "quantized" / "some")
+    catalog = Catalog.load(folder)
+    low = dataclasses.replace(catalog.candidate("dear-4"), name="low", precision="int8", quantization="quantized/some")
+    dataclasses.replace(catalog, candidates=(*catalog.candidates, low), flops={}, milliseconds={}).save(folder)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+
+    done = CliRunner().invoke(app, ["gate", str(folder), "--prompts", str(folder / "prompts.txt"), "--json"])
+    [row] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert row["candidate"] == "low"
+    assert row["twin"] == "dear-4"
+    assert row["images"] == len(PROMPTS)
+    assert 0 < row["distance"] < row["seed_distance"], "nearer to its twin than another picture is"
+    assert done.exit_code == (0 if row["passed"] else 1)
+    assert read_gate(folder)["low"].passed == row["passed"]
+    Catalog.load(folder)  # checksums cover the new file
