@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,8 @@ from catimage_accel.cli.engine.tables import duration, engines, print_table, siz
 
 if TYPE_CHECKING:
     from catimage_accel.engines.cache import CacheEntry, EngineCache
+
+_PROFILE = re.compile(r"rows=([\d+]+),height=(\d+),width=(\d+),tokens=(\d+)")
 
 
 def list_entries(
@@ -34,8 +37,8 @@ def list_entries(
         (
             (
                 entry.key.digest[:12], entry.key.component, entry.key.precision,
-                f"{entry.key.runtime} {entry.key.runtime_version}", entry.key.profile, size(entry.bytes),
-                f"{entry.build_seconds:.1f} s", f"{duration(now - entry.last_used)} ago", duration(now - entry.created),
+                f"{entry.key.runtime} {_short(entry.key.runtime_version)}", _shapes(entry.key.profile),
+                size(entry.bytes), f"{entry.build_seconds:.1f} s", f"{duration(now - entry.last_used)} ago", duration(now - entry.created),
             )
             for entry in entries
         ),
@@ -91,3 +94,14 @@ def described(entry: CacheEntry, now: datetime) -> dict[str, Any]:
         "bytes": entry.bytes, "build_seconds": entry.build_seconds, "created": entry.created.isoformat(),
         "last_used": entry.last_used.isoformat(), "age_seconds": (now - entry.created).total_seconds(),
     }  # fmt: skip
+
+
+def _short(version: str) -> str:
+    """Without the build's number and branch, which --json and inspect tell."""
+    return version.split("-")[0].split(",")[0]
+
+
+def _shapes(profile: str) -> str:
+    """ "rows=8,height=16,width=16,tokens=24" as "8 rows of 16x16, 24 tokens"; any other profile as it is."""
+    match = _PROFILE.fullmatch(profile)
+    return "{} rows of {}x{}, {} tokens".format(*match.groups()) if match else profile
