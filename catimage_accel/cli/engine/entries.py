@@ -38,7 +38,8 @@ def list_entries(
             (
                 entry.key.digest[:12], entry.key.component, entry.key.precision,
                 f"{entry.key.runtime} {_short(entry.key.runtime_version)}", _shapes(entry.key.profile),
-                size(entry.bytes), f"{entry.build_seconds:.1f} s", f"{duration(now - entry.last_used)} ago", duration(now - entry.created),
+                size(entry.bytes), f"{entry.build_seconds:.1f} s", f"{duration(now - entry.last_used)} ago",
+                duration(now - entry.created),
             )
             for entry in entries
         ),
