@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import Field
 
 from catimage_accel.candidate import Candidate, CandidateFields, Name
-from catimage_accel.costs import COST_NAMES, CostUnit, Milliseconds, fastest, ranked_engines
+from catimage_accel.costs import COST_NAMES, CostUnit, Milliseconds, ranked_engines
 from catimage_accel.storage import Strict, read_json, validated, verify_files, write_atomic, write_checksums
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Catalog:
     ``judge`` is the CLIP that scores pictures by ``metric``: a folder, relative to ``folder`` or absolute, or a hub id.
     ``tradeoff`` is what routing uses unless told otherwise: the quality, in the metric's unit, that one gives up to
     save the dearest candidate's cost. ``cost`` is what routing weighs: "gflop", or "milliseconds", those measured on
-    ``cost_device`` with each candidate's fastest engine at the largest batch size.
+    ``cost_device`` with the engine that is the fastest there for the candidate's UNet, at the largest batch size.
     """
 
     folder: Path
@@ -121,10 +121,12 @@ class Catalog:
     def costs(self) -> dict[str, float]:
         """Candidate name -> what an image costs, in GFLOP or milliseconds: what routing weighs and ``budget`` is in."""
         if self.cost_device is not None:
-            times = {
-                one.name: fastest(self.milliseconds, self.cost_device, one.name, one.engine) for one in self.candidates
+            times = self.milliseconds.get(self.cost_device, {})
+            by_batch = {
+                one.name: times.get(self.engines_for(one, self.cost_device)[0], {}).get(one.name, {})
+                for one in self.candidates
             }
-            found = {name: next(reversed(by_batch.values()))[1] for name, by_batch in times.items() if by_batch}
+            found = {name: sizes[max(sizes, key=int)] for name, sizes in by_batch.items() if sizes}
             what, how = f"milliseconds of {self.cost_device}", "catimage engine tune"
         else:
             found = {name: flops / 1e9 for name, flops in self.flops.items()}

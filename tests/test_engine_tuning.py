@@ -67,8 +67,8 @@ def test_candidates_of_the_same_weights_get_the_same_engine() -> None:
 
 
 def test_costs_are_the_fastest_engines_milliseconds_at_the_largest_batch() -> None:
-    one = {"model": "m", "sampler": "ddim", "guidance_scale": 1.0}
-    candidates = tuple(Candidate(name, steps=2, **one) for name in "ab")  # type: ignore[arg-type]
+    one = {"sampler": "ddim", "guidance_scale": 1.0}
+    candidates = tuple(Candidate(name, f"model-{name}", 2, **one) for name in "ab")  # type: ignore[arg-type]
     catalog = Catalog(
         Path(), "some", candidates, cost="milliseconds", cost_device="Big CPU, 8 threads", milliseconds=TIMES
     )

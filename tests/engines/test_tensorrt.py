@@ -10,11 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from catimage_accel.catalog import Catalog
 from catimage_accel.engines import EngineUnavailable
 from catimage_accel.engines.cache import EngineCache
 from catimage_accel.engines.components import Component, ShapeProfile
-from catimage_accel.engines.planning import shape_profile
 from catimage_accel.engines.tensorrt import RUNTIMES
 from catimage_accel.engines.tensorrt.api import TENSORRT_RTX
 from catimage_accel.engines.tensorrt.builder import build_engine
@@ -194,20 +192,6 @@ def test_what_is_built_without_a_device_does_not_run_without_one(
 
 
 @needs_rtx
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_the_zoo_is_built(precision: str, tmp_path: Path) -> None:
-    catalog = Catalog.load("emoji", verify=False)
-    model = catalog.resolve_model("model")
-    cache = EngineCache(tmp_path)
-    for name, unet in (("unet", "unet"), ("unet", "unet_small"), ("unet-shallow", "unet"), ("vae_decoder", "unet")):
-        [entry] = rtx(Component(model, name, unet, precision), cache, shape_profile(model, unet, (2, 8))).build()
-        table = LayerTable.load(entry.folder)
-        assert table is not None
-        assert {layer.precision for layer in table.multiplying()} <= {precision.upper(), "FP32"}
-        assert table.multiplying(precision.upper())
-
-
 @pytest.fixture(params=RUNTIMES)
 def on_cuda(request: pytest.FixtureRequest, cache: EngineCache, tiny_sd_folder: Path) -> Callable[..., TensorRTRunner]:
     """Runners on a CUDA device, for each library that is installed and supports it."""
