@@ -191,7 +191,6 @@ def test_what_is_built_without_a_device_does_not_run_without_one(
         rtx(Component(tiny_sd_folder, "unet"), cache)(inputs)
 
 
-@needs_rtx
 @pytest.fixture(params=RUNTIMES)
 def on_cuda(request: pytest.FixtureRequest, cache: EngineCache, tiny_sd_folder: Path) -> Callable[..., TensorRTRunner]:
     """Runners on a CUDA device, for each library that is installed and supports it."""
