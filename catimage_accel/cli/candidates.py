@@ -34,7 +34,11 @@ def list_candidates(
         }
         for candidate in loaded.candidates
     ]  # fmt: skip
-    rows.sort(key=lambda row: -(row["gflop"] or 0))
+    try:
+        costs = loaded.costs
+    except ValueError:  # some are not measured yet
+        costs = {}
+    rows.sort(key=lambda row: -costs.get(row["name"], row["gflop"] or 0.0))
     if as_json:
         for row in rows:
             print(json.dumps(row))
@@ -44,23 +48,31 @@ def list_candidates(
 
     table = Table(title=f"catalog {loaded.name}: {loaded.metric}, mean over its profiled prompts")
     numbers = ("steps", "guidance", "GFLOP", loaded.metric)
-    for heading in ("candidate", "unet", "sampler", "options", *numbers, "ms a picture"):
+    for heading in ("candidate", "unet", "precision", "sampler", "options", *numbers):
         table.add_column(heading, justify="right" if heading in numbers else "left")
+    devices = list(dict.fromkeys(device for row in rows for device in row["milliseconds"]))
+    sizes = {
+        device: sorted({int(size) for row in rows for size in row["milliseconds"].get(device, {})})
+        for device in devices
+    }  # fmt: skip
+    for device in devices:
+        table.add_column(f"{device}: ms a picture\nat batch {' / '.join(map(str, sizes[device]))}")
     for row in rows:
         table.add_row(
-            row["name"], row["unet"], row["sampler"],
+            row["name"], row["unet"], row["precision"], row["sampler"],
             " ".join(f"{key}={value}" for key, value in row["options"].items()),
             str(row["steps"]), f"{row['guidance_scale']:g}",
             "-" if row["gflop"] is None else f"{row['gflop']:.3g}",
             "-" if row["quality"] is None else f"{row['quality']:.4f}",
-            "; ".join(f"{device}: {_times(times)}" for device, times in row["milliseconds"].items()),
+            *(_times(row["milliseconds"].get(device, {}), sizes[device]) for device in devices),
         )  # fmt: skip
     results().print(table)
 
 
-def _times(times: dict[str, dict[str, Any]]) -> str:
+def _times(times: dict[str, dict[str, Any]], sizes: list[int]) -> str:
     engines = "/".join(dict.fromkeys(one["engine"] for one in times.values()))
-    return ", ".join(f"{one['milliseconds']:.0f} at {batch}" for batch, one in times.items()) + f" ({engines})"
+    values = (f"{times[str(size)]['milliseconds']:.0f}" if str(size) in times else "-" for size in sizes)
+    return f"{' / '.join(values)}  {engines}"
 
 
 def _milliseconds(measured: Milliseconds, candidate: Candidate) -> dict[str, dict[str, dict[str, Any]]]:
