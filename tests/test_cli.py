@@ -196,9 +196,14 @@ def test_demo_draws_its_prompts_and_a_contact_sheet(tiny_catalog: Path, tmp_path
 
 def test_ctrl_c_keeps_what_is_finished(tiny_catalog: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a dog\n" * 2000)
+    # Tests that run as a shell's background job inherit that SIGINT is ignored.
+    command = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from catimage_accel.cli import app; app()"
+    )
     process = subprocess.Popen(
         [
-            sys.executable, "-c", "from catimage_accel.cli import app; app()", "generate", "--candidate", "dear-4",
+            sys.executable, "-c", command, "generate", "--candidate", "dear-4",
             "--prompts", str(tmp_path / "prompts.txt"), "--catalog", str(tiny_catalog), "--out", str(tmp_path / "out"),
         ],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
