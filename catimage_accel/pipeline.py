@@ -17,7 +17,7 @@ from torch import Tensor
 from catimage_accel.arguments import check_prompts, find_device, generators_for, is_whole
 from catimage_accel.catalog import BUILT_IN, Candidate, Catalog
 from catimage_accel.choosing import Chooser, Policy
-from catimage_accel.engines.loading import read_config
+from catimage_accel.engines.loading import latent_size, read_config
 from catimage_accel.executor import Finished, Job, Step
 from catimage_accel.profiling import catalog_executor
 
@@ -277,10 +277,9 @@ class RoutedPipeline:
         unet = read_config(model / candidate.unet / "config.json")
         vae = read_config(model / "vae" / "config.json")
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        sample = unet["sample_size"]
         sides = []
         for name, pixels, own in zip(
-            ("height", "width"), (height, width), (sample, sample) if isinstance(sample, int) else sample, strict=True
+            ("height", "width"), (height, width), latent_size(unet), strict=True
         ):
             if pixels is not None and (not is_whole(pixels) or pixels < factor or pixels % factor):
                 raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from catimage_accel.catalog import Candidate, Catalog
-from catimage_accel.engines.loading import read_config
+from catimage_accel.engines.loading import latent_size, read_config
 from catimage_accel.executor import Executor, Job
 from catimage_accel.kernels.device import device_name
 
@@ -79,10 +79,10 @@ def _text_flops(model: Path) -> int:
 def _decode_flops(model: Path) -> int:
     from diffusers import AutoencoderKL
 
-    side = read_config(model / "unet" / "config.json")["sample_size"]
+    size = latent_size(read_config(model / "unet" / "config.json"))
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(model / "vae")).eval()
-        latents = torch.zeros(1, vae.config.latent_channels, *((side, side) if isinstance(side, int) else side))
+        latents = torch.zeros(1, vae.config.latent_channels, *size)
         return _count(vae.decode, latents).get_total_flops()
 
 
@@ -92,10 +92,9 @@ def _unet_flops(model: Path, name: str) -> tuple[int, int, int]:
 
     config = read_config(model / name / "config.json")
     tokens = read_config(model / "text_encoder" / "config.json")["max_position_embeddings"]
-    side = config["sample_size"]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model / name)).eval()
-        sample = torch.zeros(1, unet.config.in_channels, *((side, side) if isinstance(side, int) else side))
+        sample = torch.zeros(1, unet.config.in_channels, *latent_size(config))
         width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
         counter = _count(unet, sample, torch.zeros(1), torch.zeros(1, tokens, width))
     by_module = {module: sum(counts.values()) for module, counts in counter.get_flop_counts().items()}

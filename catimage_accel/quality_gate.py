@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 
 from catimage_accel.candidate import QUANTIZED_PRECISIONS, Candidate
-from catimage_accel.executor import Executor, Job
-from catimage_accel.scoring import image_seed
+from catimage_accel.executor import Executor
+from catimage_accel.scoring import draw, image_seed
 from catimage_accel.storage import Strict, read_json, validated, write_atomic
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ def gate(
         )
     if not prompts:
         raise ValueError("no prompt to compare by; accepted: at least 1, 500 for a figure worth telling")
-    own = judge.embed_images(_draw(executor, candidate, prompts, 0, advance))
-    others = judge.embed_images(_draw(executor, twin, prompts, 0, advance))
+    own = judge.embed_images(_pictures(executor, candidate, prompts, 0, advance))
+    others = judge.embed_images(_pictures(executor, twin, prompts, 0, advance))
     few = list(prompts[: max(1, len(prompts) // 5)])
-    again = judge.embed_images(_draw(executor, twin, few, 1, advance))
+    again = judge.embed_images(_pictures(executor, twin, few, 1, advance))
     texts = judge.embed_texts(list(prompts))
     scores, twin_scores = (np.clip((images * texts).sum(axis=1), 0, 1) for images in (own, others))
     picks = np.random.default_rng(0).integers(len(prompts), size=(RESAMPLES, len(prompts)))
@@ -126,17 +126,10 @@ def write_gate(folder: Path, gated: Sequence[Gated]) -> None:
     write_atomic(folder / GATE_FILE, (json.dumps({"gated": rounded}, indent=1) + "\n").encode())
 
 
-def _draw(
+def _pictures(
     executor: Executor, candidate: Candidate, prompts: Sequence[str], seed: int, advance: Advance
 ) -> list[np.ndarray]:
-    jobs = (
-        Job(prompt, candidate, torch.Generator().manual_seed(image_seed(seed, prompt)), key=index)
-        for index, prompt in enumerate(prompts)
-    )
-    images: dict[int, np.ndarray] = {}
-    for finished in executor.run(jobs):
-        if finished.image is None:
-            raise finished.error or RuntimeError(f"{candidate.name} drew nothing for {finished.job.prompt!r}")
-        images[finished.key] = finished.image
-        advance(1)
-    return [images[index] for index in range(len(prompts))]
+    drawn, error = draw(executor, [(prompt, candidate, image_seed(seed, prompt)) for prompt in prompts], advance)
+    if error is not None:
+        raise error
+    return [image for _, image in drawn]

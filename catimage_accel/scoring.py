@@ -85,7 +85,7 @@ def score_candidates(
         if not part:
             continue
         start = time.perf_counter()
-        drawn, error = _draw(executor, part, advance)
+        drawn, error = draw(executor, part, advance)
         for metric in metrics:
             new = [(one, image) for one, image in drawn if table.lacks(metric.name, one)]
             if not new:
@@ -127,7 +127,7 @@ def _work(catalog: Catalog, images: Mapping[str, int]) -> float:
     return float(sum(number * (catalog.flops[name] if known else 1) for name, number in images.items()))
 
 
-def _draw(
+def draw(
     executor: Executor, items: Sequence[_Image], advance: Callable[[int], None]
 ) -> tuple[list[tuple[_Image, np.ndarray]], Exception | None]:
     """What could be drawn of ``items``, in their order, and the first error."""

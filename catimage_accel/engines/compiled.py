@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from catimage_accel.accelerate.compiled import DEFAULT, CompiledForward
-from catimage_accel.engines.deepcache import denoise_with_deep_features, enter, inside, leave
+from catimage_accel.engines.deepcache import enter, inside, leave
 from catimage_accel.engines.eager import EagerEngine, SharedParts
-from catimage_accel.engines.protocol import DeepFeatures, TextBatch
 from catimage_accel.engines.unavailable import EngineUnavailable
 
 __all__ = ["CompiledEngine"]
@@ -58,23 +54,3 @@ class CompiledEngine(EagerEngine):
     @cached_property
     def _parts(self) -> tuple[CompiledForward, CompiledForward, CompiledForward]:
         return CompiledForward(enter, DEFAULT), CompiledForward(inside, DEFAULT), CompiledForward(leave, DEFAULT)
-
-    @torch.inference_mode()
-    def denoise(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        text: TextBatch,
-        added: Mapping[str, Any] | None = None,
-        *,
-        deep: DeepFeatures | None = None,
-    ) -> Tensor:
-        sample = sample.to(dtype=self.dtype, memory_format=torch.channels_last)
-        if deep is not None:
-            noise = denoise_with_deep_features(
-                self.unet, self._text, sample, timestep, text, added, deep, self._parts
-            )  # fmt: skip
-        else:
-            self._text.current = text
-            noise = self._forward(sample, timestep, text.hidden, added_cond_kwargs=added, return_dict=False)[0]
-        return noise.to(dtype=torch.float32, memory_format=torch.contiguous_format)

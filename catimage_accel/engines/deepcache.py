@@ -12,7 +12,7 @@ from torch import Tensor
 from catimage_accel.engines.protocol import DeepFeatures, TextBatch
 from catimage_accel.engines.text import CachedText
 
-__all__ = ["Outer", "deep_rows", "denoise_with_deep_features", "enter", "inside", "leave"]
+__all__ = ["PARTS", "Outer", "UNetParts", "deep_rows", "denoise_with_deep_features", "enter", "inside", "leave"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +95,10 @@ def deep_rows(deep: DeepFeatures, rows: int) -> tuple[int, ...]:
     return fresh
 
 
+UNetParts = tuple[Callable[..., Outer], Callable[..., Tensor], Callable[..., Tensor]]
+PARTS: UNetParts = (enter, inside, leave)
+
+
 def denoise_with_deep_features(
     unet: Any,
     text_cache: CachedText,
@@ -103,7 +107,7 @@ def denoise_with_deep_features(
     text: TextBatch,
     added: Mapping[str, Any] | None,
     deep: DeepFeatures,
-    parts: tuple[Callable[..., Outer], Callable[..., Tensor], Callable[..., Tensor]] = (enter, inside, leave),
+    parts: UNetParts,
 ) -> Tensor:
     """``UNet2DConditionModel.forward`` with the blocks inside the outermost ones run for ``deep.refresh`` only.
 

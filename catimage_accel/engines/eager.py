@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from catimage_accel.engines.components import Component
-from catimage_accel.engines.deepcache import denoise_with_deep_features
-from catimage_accel.engines.loading import check_model_folder, check_precision, load_component
+from catimage_accel.engines.deepcache import PARTS, UNetParts, denoise_with_deep_features
+from catimage_accel.engines.loading import check_model_folder, check_precision, latent_size, load_component
 from catimage_accel.engines.protocol import DeepFeatures, KeyValue, TextBatch, TextState
 from catimage_accel.engines.text import CachedText
 from catimage_accel.quantize.fake import fake_quantized
@@ -119,10 +119,19 @@ class EagerEngine:
         self._states: WeakValueDictionary[str, TextState] = WeakValueDictionary()
         self._empty: TextState | None = None  # every guided image needs it: kept, unlike the other prompts' states
 
-        size = self.unet.config.sample_size
         self.channels: int = self.unet.config.in_channels
-        self.sample_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.sample_size = latent_size(self.unet.config)
         self.scale_factor: int = self.shared.scale_factor
+
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        """What runs the UNet."""
+        return self.unet
+
+    @property
+    def _parts(self) -> UNetParts:
+        """What runs its three parts, with DeepCache."""
+        return PARTS
 
     @classmethod
     def why_not(cls, device: torch.device) -> str | None:
@@ -164,10 +173,12 @@ class EagerEngine:
     ) -> Tensor:
         sample = sample.to(dtype=self.dtype, memory_format=torch.channels_last)
         if deep is not None:
-            noise = denoise_with_deep_features(self.unet, self._text, sample, timestep, text, added, deep)
+            noise = denoise_with_deep_features(
+                self.unet, self._text, sample, timestep, text, added, deep, self._parts
+            )  # fmt: skip
         else:
             self._text.current = text
-            noise = self.unet(sample, timestep, text.hidden, added_cond_kwargs=added, return_dict=False)[0]
+            noise = self._forward(sample, timestep, text.hidden, added_cond_kwargs=added, return_dict=False)[0]
         return noise.to(dtype=torch.float32, memory_format=torch.contiguous_format)
 
     def decode(self, latents: Tensor) -> Tensor:

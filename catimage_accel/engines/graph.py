@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from catimage_accel.engines.cache import CacheEntry, EngineCache
-from catimage_accel.engines.components import Component, ShapeProfile
+from catimage_accel.engines.components import ShapeProfile
 from catimage_accel.engines.deepcache import deep_rows
 from catimage_accel.engines.eager import EagerEngine, SharedParts
-from catimage_accel.engines.loading import PRECISIONS, check_model_folder, check_precision, read_config
+from catimage_accel.engines.loading import check_model_folder, check_precision, latent_size, read_config
+from catimage_accel.engines.planning import components_of
 from catimage_accel.engines.protocol import DeepFeatures, TextBatch, TextState
 from catimage_accel.engines.runner import Runner, Runtime
 from catimage_accel.engines.unavailable import EngineUnavailable, tell_once
@@ -57,9 +58,8 @@ class GraphEngine:
             raise EngineUnavailable(reason)
         self.shared = SharedParts(model, self.dtype, self.device) if shared is None else shared
         config = read_config(model / unet / "config.json")
-        size = config["sample_size"]
         self.channels: int = config["in_channels"]
-        self.sample_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.sample_size = latent_size(config)
         self.scale_factor: int = self.shared.scale_factor
         self.profile = ShapeProfile(
             runtime.rows, *self.sample_size, self.shared.tokenizer.model_max_length,
@@ -67,9 +67,7 @@ class GraphEngine:
         )  # fmt: skip
         self._source = (model, unet, precision, quantization)
         self._cache = EngineCache() if cache is None else cache
-        vae_precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.shared.vae.dtype)
-        components = [Component(model, name, unet, precision, quantization) for name in _UNETS]
-        components.append(Component(model, "vae_decoder", unet, vae_precision))
+        components = components_of(model, unet, precision, quantization, self.device, deepcache=True)
         self._runners: dict[str, Runner] = {
             one.name: runtime.runner(one, self.profile, self._cache, self.device) for one in components
         }

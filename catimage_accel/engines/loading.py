@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from catimage_accel.candidate import QUANTIZED_PRECISIONS
+
 __all__ = [
-    "PRECISIONS", "QUANTIZED_PRECISIONS", "check_model_folder", "check_precision", "load_component", "read_config",
+    "PRECISIONS", "check_model_folder", "check_precision", "latent_size", "load_component", "read_config",
 ]  # fmt: skip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTIZED_PRECISIONS = ("int8", "fp8")
 
 _WEIGHTS = {"text_encoder": "model"}
 _CLASSES = {"text_encoder": ("CLIPTextModel",), "vae": ("AutoencoderKL",)}
@@ -79,6 +81,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; accepted: an object")
     return config
+
+
+def latent_size(unet_config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the latents that a UNet was trained on, of its config's one or two numbers."""
+    size = unet_config["sample_size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _weight_variant(folder: Path, part: str) -> str | None:

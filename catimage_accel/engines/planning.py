@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from catimage_accel.engines.components import Component, ShapeProfile
-from catimage_accel.engines.loading import PRECISIONS, check_model_folder, check_precision, read_config
+from catimage_accel.engines.loading import PRECISIONS, check_model_folder, check_precision, latent_size, read_config
 
 __all__ = ["components_of", "shape_profile", "target_device"]
 
@@ -44,8 +44,7 @@ def shape_profile(model: Path, unet: str, rows: Sequence[int]) -> ShapeProfile:
     """Batches of ``rows`` at the size that the UNet was trained on, with its text encoder's number of tokens."""
     from transformers import CLIPTokenizer
 
-    size = read_config(model / unet / "config.json")["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = latent_size(read_config(model / unet / "config.json"))
     tokenizer = CLIPTokenizer.from_pretrained(str(model), subfolder="tokenizer", local_files_only=True)
     features = read_config(model / "text_encoder" / "config.json")["hidden_size"]
     return ShapeProfile(tuple(rows), height, width, tokenizer.model_max_length, features)

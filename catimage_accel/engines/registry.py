@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from catimage_accel.candidate import QUANTIZED_PRECISIONS
 from catimage_accel.engines.cache import EngineCache
 from catimage_accel.engines.eager import SharedParts
 from catimage_accel.engines.graph import GraphEngine
-from catimage_accel.engines.loading import QUANTIZED_PRECISIONS, check_model_folder, check_precision
+from catimage_accel.engines.loading import check_model_folder, check_precision
 from catimage_accel.engines.protocol import Engine
 from catimage_accel.engines.runner import Runtime
 from catimage_accel.engines.unavailable import EngineUnavailable, tell_once

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from catimage_accel.storage import Strict, read_json, validated, write_atomic
+from catimage_accel.storage import Strict, file_sha256, read_json, validated, write_atomic
 
 __all__ = ["LayerQuantization", "Quantization", "check_checkpoint", "weights_sha256"]
 
@@ -222,5 +222,4 @@ def _file_sha256(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _digest(path: Path, _size: int, _modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
