@@ -1,30 +1,16 @@
-"""A tiny UNet, inputs for it, and quantizations of it by real ModelOpt."""
+"""A tiny UNet, and quantizations of it by real ModelOpt."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
+from quantize_parts import load_unet, random_inputs
 
-from catimage_accel.quantize import Quantization, UNetInputs, calibrate, weights_sha256
-
-
-def load_unet(folder: Path) -> Any:
-    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval().requires_grad_(False)
-
-
-def random_inputs(rows: int, seed: int = 0) -> UNetInputs:
-    made = torch.Generator().manual_seed(seed)
-    return UNetInputs(
-        torch.randn(rows, 4, 16, 16, generator=made), torch.linspace(0, 999, rows),
-        torch.randn(rows, 24, 32, generator=made),
-    )  # fmt: skip
+from catimage_accel.quantize import Quantization, calibrate, weights_sha256
 
 
 @pytest.fixture
@@ -44,7 +30,3 @@ def calibrated(tiny_sd_folder: Path) -> Callable[..., Quantization]:
         )  # fmt: skip
 
     return make
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))

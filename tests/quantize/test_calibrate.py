@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_unet, random_inputs
+from quantize_parts import load_unet, random_inputs
 from torch import Tensor, nn
 
 from catimage_accel.quantize import LayerQuantization, Quantization, UNetInputs, calibrate, fake_quantized

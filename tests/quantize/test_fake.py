@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantize_parts import random_inputs
 from torch import Tensor, nn
 
 from catimage_accel.quantize import (

@@ -79,7 +79,7 @@ def test_scales_that_make_no_sense_are_refused(values: dict[str, Any], said: str
 
 def spoil_scales(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Changes scales and the checksum that guards them."""
-    from conftest import edit_json
+    from quantize_parts import edit_json
 
     path = folder / "scales.safetensors"
     tensors = safetensors.torch.load_file(path)
@@ -119,7 +119,7 @@ def test_changed_files_are_refused_in_one_line(tmp_path: Path, spoil: Callable[[
     ({"errors": {"conv_in": -1.0}}, "errors.conv_in is -1.0"),
 ])  # fmt: skip
 def test_unknown_descriptions_are_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
-    from conftest import edit_json
+    from quantize_parts import edit_json
 
     quantization().save(tmp_path)
     edit_json(tmp_path / "quantization.json", **values)
@@ -157,7 +157,7 @@ def test_weights_digest_needs_safetensors(tmp_path: Path) -> None:
 
 
 def test_checkpoints_quantized_before_are_refused(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    from conftest import edit_json
+    from quantize_parts import edit_json
 
     check_checkpoint(tiny_sd_folder)
     shutil.copytree(tiny_sd_folder / "unet", tmp_path / "unet")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantize_parts import random_inputs
 from rich.console import Console
 
 from catimage_accel.quantize import (
