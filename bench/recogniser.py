@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from catimage_accel.training.config import TrainConfig
+from catimage_accel.training.loop import Trainer
 from catimage_accel.zoo.objects import NOUNS
 from catimage_accel.zoo.scenes import SceneSpec
 from catimage_accel.zoo.training.autoencoder import to_pixels
 from catimage_accel.zoo.training.data import rendered, spec
-from catimage_accel.zoo.training.loop import TrainConfig, Trainer
 
 WIDTHS = (32, 64, 128)
 DISTRACTORS = 15

@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from catimage_accel.training.config import TrainConfig
+from catimage_accel.training.loop import Trainer
 from catimage_accel.zoo.scenes import SceneSpec, lay_out
 from catimage_accel.zoo.training.judge import patch_labels
-from catimage_accel.zoo.training.loop import TrainConfig, Trainer
 from catimage_accel.zoo.training.parts import train_part, write_run
 
 CONFIG = TrainConfig(steps=40, batch_size=8, learning_rate=0.3, warmup=1, checkpoint_every=10, log_every=5)
@@ -76,7 +77,8 @@ from pathlib import Path
 from torch import nn
 from catimage_accel.zoo import cli
 from catimage_accel.zoo.training import parts
-from catimage_accel.zoo.training.loop import TrainConfig, Trainer
+from catimage_accel.training.config import TrainConfig
+from catimage_accel.training.loop import Trainer
 
 def train(part, work, device, steps):
     model = nn.Linear(1, 1)

@@ -9,8 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
+from catimage_accel.training.config import TrainConfig
+from catimage_accel.training.loop import Trainer
 from catimage_accel.zoo.training.data import rendered
-from catimage_accel.zoo.training.loop import TrainConfig, Trainer
 
 LATENT_CHANNELS = 8
 KL_WEIGHT = 1e-4

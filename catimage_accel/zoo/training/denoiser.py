@@ -20,11 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from catimage_accel.training.config import TRAINING_ATTENTION, TrainConfig
+from catimage_accel.training.loop import Trainer
 from catimage_accel.zoo.captions import caption
 from catimage_accel.zoo.scenes import SceneSpec
 from catimage_accel.zoo.training.autoencoder import encode
 from catimage_accel.zoo.training.data import hard_scenes_weight, rendered, scene
-from catimage_accel.zoo.training.loop import TRAINING_ATTENTION, TrainConfig, Trainer
 from catimage_accel.zoo.training.places import PlaceLoss
 
 TEXT_WIDTH = 192

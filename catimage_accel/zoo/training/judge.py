@@ -18,12 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from catimage_accel.training.config import TRAINING_ATTENTION, TrainConfig
+from catimage_accel.training.loop import Trainer
 from catimage_accel.zoo.captions import caption, near_misses
 from catimage_accel.zoo.objects import NOUNS
 from catimage_accel.zoo.scenes import IMAGE_SIZE, Scene, mirrored_spec
 from catimage_accel.zoo.training.autoencoder import to_pixels
 from catimage_accel.zoo.training.data import hard_scenes_weight, rendered, scene
-from catimage_accel.zoo.training.loop import TRAINING_ATTENTION, TrainConfig, Trainer
 from catimage_accel.zoo.training.places import noun_places
 
 PATCH = 8

@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from catimage_accel.training.config import TrainConfig
 from catimage_accel.zoo.training import autoencoder, denoiser, judge
-from catimage_accel.zoo.training.loop import TrainConfig
 from catimage_accel.zoo.training.tokenizer import build_tokenizer
 
 DEFAULTS: dict[str, TrainConfig] = {

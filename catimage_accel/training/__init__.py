@@ -1,0 +1,1 @@
+"""The training loop that the zoo's models and SnapFusion's students share."""
