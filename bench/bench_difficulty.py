@@ -22,8 +22,6 @@ resamples. What was made is kept in ``--work``, and a run that was stopped goes 
 from __future__ import annotations
 
 import argparse
-import json
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ map_package()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from drawing import draw  # noqa: E402
 from recogniser import (  # noqa: E402
     DEFAULTS,
     Recogniser,
@@ -45,21 +44,17 @@ from recogniser import (  # noqa: E402
     train_recogniser,
 )
 from reporting import about, result_file, save  # noqa: E402
-from rich.progress import track  # noqa: E402
 from splits import Resamples, Tasks, interval  # noqa: E402
 
-from catimage_accel.catalog import Candidate, Catalog  # noqa: E402
-from catimage_accel.executor import Executor, Job  # noqa: E402
+from catimage_accel.catalog import Catalog  # noqa: E402
+from catimage_accel.executor import Executor  # noqa: E402
 from catimage_accel.quality import CLIPScore  # noqa: E402
-from catimage_accel.scoring import image_seed  # noqa: E402
-from catimage_accel.storage import CHECKSUMS_FILE  # noqa: E402
 from catimage_accel.zoo.scenes import SceneSpec  # noqa: E402
 from catimage_accel.zoo.training.data import FIRST_MEASURED, held_out_captions, rendered, spec  # noqa: E402
 
 DEAR = "teacher-ddim-25"
 CHEAP = ("small-dpm-8", "teacher-dpm-6")
 SHARES = (0.25, 0.5, 0.75)
-CHUNK = 100
 TEST_SCENES = 1000
 CPU = torch.device("cpu")
 
@@ -71,36 +66,6 @@ class Scored:
     clip_score: np.ndarray
     found: np.ndarray
     sureness: np.ndarray
-
-
-def draw(
-    catalog: Catalog, executor: Executor, candidate: Candidate, prompts: list[str], seed: int, kept: Path
-) -> np.ndarray:
-    """uint8 (prompts, 64, 64, 3), in chunks that are kept in the folder."""
-    files = json.loads((catalog.folder / CHECKSUMS_FILE).read_text())["files"]
-    models = [files[path]["sha256"] for path in sorted(files) if path.startswith(f"{candidate.model}/")]
-    kept.mkdir(parents=True, exist_ok=True)
-    parts = []
-    starts = range(0, len(prompts), CHUNK)
-    for start in track(starts, f"{candidate.name}, seed {seed}"):
-        chunk = prompts[start : start + CHUNK]
-        path = kept / f"{candidate.name}-{seed}-{zlib.crc32(repr((models, candidate, chunk)).encode()):08x}.npy"
-        if not path.exists():
-            jobs = (
-                Job(prompt, candidate, torch.Generator().manual_seed(image_seed(seed, prompt)), key=index)
-                for index, prompt in enumerate(chunk)
-            )
-            images: dict[int, np.ndarray] = {}
-            for finished in executor.run(jobs):
-                if finished.image is None:
-                    raise RuntimeError(f"{candidate.name} could not draw {finished.job.prompt!r}") from finished.error
-                images[finished.key] = finished.image
-            pictures = np.stack([images[index] for index in range(len(chunk))])
-            partial = path.with_suffix(".partial.npy")
-            np.save(partial, pictures)
-            partial.replace(path)
-        parts.append(np.load(path))
-    return np.concatenate(parts)
 
 
 def score(

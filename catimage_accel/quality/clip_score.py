@@ -107,6 +107,13 @@ def caption_accuracy(
     counts as a miss. By chance 1 / (m + 1). ValueError for no images, unlike lengths, or an image without near
     misses.
     """
+    return float(picks_caption(judge, images, captions, near_misses).mean())
+
+
+def picks_caption(
+    judge: CLIPScore, images: Sequence[ImageLike], captions: Sequence[str], near_misses: Sequence[Sequence[str]]
+) -> np.ndarray:
+    """For each image whether its true caption scores above all of its near misses, bool (n,); see caption_accuracy."""
     check_pairs(images, captions)
     sizes = {len(misses) for misses in near_misses}
     if len(near_misses) != len(images) or len(sizes) != 1 or 0 in sizes:
@@ -117,7 +124,8 @@ def caption_accuracy(
     texts = [text for true, misses in zip(captions, near_misses, strict=True) for text in (true, *misses)]
     embedded = judge.embed_texts(texts).reshape(len(images), 1 + max(sizes), -1)
     cosines = np.einsum("nd,nmd->nm", judge.embed_images(images), embedded)
-    return float((cosines[:, 0] > cosines[:, 1:].max(axis=1)).mean())
+    picked: np.ndarray = cosines[:, 0] > cosines[:, 1:].max(axis=1)
+    return picked
 
 
 def _clip_folder(model: str | Path) -> Path:

@@ -43,14 +43,18 @@ class FID:
                 f"images than dimensions. CMMD does not.",
                 stacklevel=2,
             )
-        means = ours.mean(axis=0), theirs.mean(axis=0)
-        roots = [
-            (features - mean) / math.sqrt(len(features) - 1)
-            for features, mean in zip((ours, theirs), means, strict=True)
-        ]
-        # S = R'R for either set, so the eigenvalues of S1 S2 are the squared singular values of R1 R2': no covariance
-        # is formed and no root of a tiny eigenvalue taken. Triangular R are no larger than the covariances.
-        left, right = (np.asarray(np.linalg.qr(root, mode="r")) for root in roots)
-        common = np.linalg.svd(left @ right.T, compute_uv=False).sum()
-        spread = sum(float((root**2).sum()) for root in roots)
-        return max(0.0, float(((means[0] - means[1]) ** 2).sum() + spread - 2 * common))
+        return frechet_distance(ours, theirs)
+
+
+def frechet_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The squared Frechet distance, >= 0, of two sets of features, float64 (n, dimensions) each, n at least 2."""
+    means = ours.mean(axis=0), theirs.mean(axis=0)
+    roots = [
+        (features - mean) / math.sqrt(len(features) - 1) for features, mean in zip((ours, theirs), means, strict=True)
+    ]
+    # S = R'R for either set, so the eigenvalues of S1 S2 are the squared singular values of R1 R2': no covariance
+    # is formed and no root of a tiny eigenvalue taken. Triangular R are no larger than the covariances.
+    left, right = (np.asarray(np.linalg.qr(root, mode="r")) for root in roots)
+    common = np.linalg.svd(left @ right.T, compute_uv=False).sum()
+    spread = sum(float((root**2).sum()) for root in roots)
+    return max(0.0, float(((means[0] - means[1]) ** 2).sum() + spread - 2 * common))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
@@ -45,7 +45,7 @@ class Trainer:
     ``recipe`` says what else the run depends on. A checkpoint in ``folder`` is gone on from if it was written with the
     same recipe and settings (but for ``config.MAY_CHANGE``), else ValueError names the first difference.
     ``validate(step)`` is called with the averaged weights in the model every ``validate_every`` steps, on the main
-    process; what it returns is logged.
+    process; what it returns is logged. ``some_unused`` says that a batch may leave parameters without a gradient.
     """
 
     def __init__(
@@ -58,10 +58,12 @@ class Trainer:
         *,
         recipe: Mapping[str, Any] | None = None,
         validate: Validate | None = None,
+        some_unused: bool = False,
     ):
         self.config, self.folder, self.title, self.validate = config, folder, title, validate
         self.recipe = dict(recipe or {})
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=some_unused)]
+        self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=handlers)
         if self.accelerator.num_processes > 1:
             device = self.accelerator.device
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

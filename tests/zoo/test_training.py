@@ -19,7 +19,8 @@ from catimage_accel.training.config import TrainConfig
 from catimage_accel.training.loop import Trainer
 from catimage_accel.zoo.scenes import SceneSpec, lay_out
 from catimage_accel.zoo.training.judge import patch_labels
-from catimage_accel.zoo.training.parts import train_part, write_run
+from catimage_accel.training.record import write_record
+from catimage_accel.zoo.training.parts import train_part
 
 CONFIG = TrainConfig(steps=40, batch_size=8, learning_rate=0.3, warmup=1, checkpoint_every=10, log_every=5)
 CPU = torch.device("cpu")
@@ -112,7 +113,7 @@ def test_the_record_of_a_run_has_its_loss_curve_and_counts_a_step_once(tmp_path)
         {"step": step, "loss": loss, "seconds": step} for step, loss in ((20, 5.0), (40, 4.0), (40, 3.0), (60, 2.0))
     ]
     (tmp_path / "loss.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_run(tmp_path, CONFIG, CPU)
+    write_record(tmp_path, CONFIG, CPU)
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["loss_curve"] == [[20, 5.0], [40, 3.0], [60, 2.0]]
     assert (run["final_loss"], run["seconds"]) == (2.0, 60)

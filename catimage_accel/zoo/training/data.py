@@ -15,6 +15,8 @@ from catimage_accel.zoo.scenes import IMAGE_SIZE, Scene, SceneSpec, Split, draw_
 
 CHUNK = 500
 FIRST_MEASURED = 10_000  # test captions below this index are for profiling and for fitting routers
+VALIDATION_CAPTIONS = 60_000  # from here on: what runs are watched on while they train
+HEADLINE_CAPTIONS = 70_000  # from here on: what students and their teacher are compared on
 SPLIT_SEED: dict[Split, int] = {"train": 1, "test": 2}
 
 

@@ -6,8 +6,6 @@ is dropped, for classifier-free guidance.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -24,8 +21,8 @@ from catimage_accel.training.config import TRAINING_ATTENTION, TrainConfig
 from catimage_accel.training.loop import Trainer
 from catimage_accel.zoo.captions import caption
 from catimage_accel.zoo.scenes import SceneSpec
-from catimage_accel.zoo.training.autoencoder import encode
-from catimage_accel.zoo.training.data import hard_scenes_weight, rendered, scene
+from catimage_accel.zoo.training.captioned import CaptionedScenes
+from catimage_accel.zoo.training.data import hard_scenes_weight
 from catimage_accel.zoo.training.places import PlaceLoss
 
 TEXT_WIDTH = 192
@@ -137,10 +134,8 @@ def train_denoiser(
     ``weight`` tells how often a scene is taken, against others.
     On return both hold the averaged weights in float32.
     """
-    latents = _latents(folder.parent, vae, scenes)
-    layouts = [scene(index, "train") for index in range(scenes)]
-    weights = torch.tensor([weight(layout.spec) for layout in layouts])
-    place_loss = PlaceLoss(layouts, tokenizer) if train_text else None
+    source = CaptionedScenes(folder.parent, vae, weight, scenes)
+    place_loss = PlaceLoss(source.layouts, tokenizer) if train_text else None
     alphas = new_scheduler().alphas_cumprod
     model = TextToLatent(text_encoder, unet)
     text_encoder.set_attn_implementation(TRAINING_ATTENTION)
@@ -150,12 +145,12 @@ def train_denoiser(
     trainer = Trainer(model, config, folder, device, folder.name)
 
     def loss_fn(step: int, generator: torch.Generator) -> torch.Tensor:
-        index = torch.multinomial(weights, config.batch_size, generator=generator)
+        index = source.choose(config.batch_size, generator)
         words = np.random.default_rng((config.seed, step))
-        said = [layouts[i].spec for i in index.tolist()]
+        said = [source.specs[i] for i in index.tolist()]
         captions = ["" if words.random() < CAPTION_DROPOUT else caption(meaning, words) for meaning in said]
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        clean = latents[index].float()
+        clean = source.latents[index].float()
         noise = torch.randn(clean.shape, generator=generator)
         # one timestep from each of batch_size equal strata: the same expectation, less variance
         strata = torch.arange(config.batch_size) + torch.rand(config.batch_size, generator=generator)
@@ -171,18 +166,3 @@ def train_denoiser(
     trainer.run(loss_fn)
     model.float()
     model.load_state_dict(trainer.ema_state(), strict=False)
-
-
-def _latents(cache: Path, vae: AutoencoderKL, scenes: int) -> torch.Tensor:
-    """Scaled latent means of the training scenes, bf16 (scenes, channels, 16, 16); kept in ``cache``, by VAE."""
-    digest = hashlib.sha256()
-    for weight in vae.state_dict().values():
-        digest.update(weight.cpu().float().numpy().tobytes())
-    path = cache / f"latents-{scenes}-{digest.hexdigest()[:12]}.safetensors"
-    if not path.exists():
-        pictures = rendered(scenes, "train", cache)
-        latents = (encode(vae.to(torch.bfloat16), pictures) * vae.config.scaling_factor).to(torch.bfloat16)
-        partial = path.with_suffix(".partial")
-        save_file({"latents": latents}, partial)
-        os.replace(partial, path)
-    return load_file(path)["latents"]

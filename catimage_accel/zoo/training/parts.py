@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from catimage_accel.training.config import TrainConfig
+from catimage_accel.training.record import write_record
 from catimage_accel.zoo.training import autoencoder, denoiser, judge
 from catimage_accel.zoo.training.tokenizer import build_tokenizer
 
@@ -29,7 +29,6 @@ DEFAULTS: dict[str, TrainConfig] = {
     "judge": judge.DEFAULTS,
 }
 PARTS = ("tokenizer", *DEFAULTS)
-CURVE_POINTS = 50
 
 
 def train_part(part: str, work: Path, device: torch.device, steps: int | None = None) -> None:
@@ -45,7 +44,7 @@ def train_part(part: str, work: Path, device: torch.device, steps: int | None = 
         return
     config = DEFAULTS[part] if steps is None else dataclasses.replace(DEFAULTS[part], steps=steps)
     _train[part](work, pieces, config, device)
-    write_run(work / part, config, device)
+    write_record(work / part, config, device)
 
 
 def load_piece(pieces: Path, name: str) -> nn.Module | CLIPTokenizer:
@@ -127,26 +126,6 @@ def write_image_processor(folder: Path) -> None:
         "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def write_run(folder: Path, config: TrainConfig, device: torch.device) -> None:
-    """What the model card says of a run: settings, machine, versions, seconds, the loss curve at 50 points."""
-    logged = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
-    last = logged[-1]
-    # a killed run logs the steps since its checkpoint twice: the later of two lines counts
-    losses = list({row["step"]: row["loss"] for row in logged}.items())
-    stride = -(-len(losses) // CURVE_POINTS)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    run = {
-        "config": dataclasses.asdict(config),
-        "device": machine,
-        "platform": platform.machine(),
-        "torch": torch.__version__,
-        "seconds": last["seconds"],
-        "final_loss": last["loss"],
-        "loss_curve": losses[stride - 1 :: stride],
-    }
-    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
 
 def pack(work: Path, out: Path) -> None:

@@ -1,0 +1,78 @@
+"""The two ways of training a student UNet: on v and on fewer steps than its teacher takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from catimage_accel.snapfusion.losses import Denoiser, DenoisingLoss, StepLoss, denoiser_of
+from catimage_accel.snapfusion.recipes import FinetuneRecipe, StepsRecipe, read_recipe
+from catimage_accel.snapfusion.run import Run
+from catimage_accel.training.loop import Trainer
+from catimage_accel.training.record import run_record
+
+Loss = Callable[[Denoiser, torch.Generator], Tensor]
+PREVIEW_STEPS = 25
+
+
+def finetune(path: Path, work: Path, device: torch.device, steps: int | None = None) -> Path:
+    """Train recipe ``path``'s student on v, or go on from its checkpoint; returns the finished UNet's folder.
+
+    ``steps`` instead of the recipe's. Errors as in ``Run`` and ``Trainer``, before training but for divergence.
+    """
+    recipe = read_recipe(path, FinetuneRecipe)
+    run = Run(path, work, device, recipe.model, recipe.training.precision)
+    student = run.unet(recipe.student)
+    taught = recipe.teacher_weight > 0
+    loss = DenoisingLoss(
+        run.source(recipe.data), run.text, run.schedule, recipe.training.batch_size, recipe.caption_dropout,
+        denoiser_of(run.frozen(recipe.teacher), run.dtype) if taught else None, recipe.teacher_weight,
+    )  # fmt: skip
+    starts = {"student": recipe.student} | ({"teacher": recipe.teacher} if taught else {})
+    return _train(run, recipe, student, loss, starts, PREVIEW_STEPS, steps)
+
+
+def distill_steps(path: Path, work: Path, device: torch.device, steps: int | None = None) -> Path:
+    """Teach recipe ``path``'s student to take fewer steps than its teacher; otherwise as ``finetune``."""
+    recipe = read_recipe(path, StepsRecipe)
+    run = Run(path, work, device, recipe.model, recipe.training.precision)
+    student = run.unet(recipe.student)
+    low, high = recipe.guidance
+    loss = StepLoss(
+        run.source(recipe.data), run.text, run.schedule, denoiser_of(run.frozen(recipe.teacher), run.dtype),
+        recipe.teacher_steps, recipe.student_steps, recipe.training.batch_size, (low, high), recipe.cfg_probability,
+        recipe.denoising_weight, recipe.caption_dropout,
+    )  # fmt: skip
+    starts = {"student": recipe.student, "teacher": recipe.teacher}
+    return _train(run, recipe, student, loss, starts, recipe.student_steps, steps)
+
+
+def _train(
+    run: Run,
+    recipe: FinetuneRecipe | StepsRecipe,
+    student: UNet2DConditionModel,
+    loss: DenoisingLoss | StepLoss,
+    starts: dict[str, str],
+    preview_steps: int,
+    steps: int | None,
+) -> Path:
+    validate = None
+    wanted = recipe.validation
+    if wanted is not None:
+        validate = run.preview(wanted).validator(
+            denoiser_of(student, run.dtype), wanted.steps or preview_steps, wanted.guidance_scale,
+            run.folder / "validation",
+        )  # fmt: skip
+    config = recipe.training.config(0 if wanted is None else wanted.every, steps)
+    told: dict[str, Any] = recipe.model_dump(exclude={"training", "validation"})
+    told |= {"source": loss.source.name} | {f"{role} weights": run.digest(name) for role, name in starts.items()}
+    trainer = Trainer(student, config, run.folder, run.device, run.path.stem, recipe=told, validate=validate)
+    denoiser = denoiser_of(trainer.forward, run.dtype)
+    trainer.run(lambda _, generator: loss(denoiser, generator))
+    student.float().load_state_dict(trainer.ema_state())
+    return run.write(student, told | run_record(run.folder, config, run.device))

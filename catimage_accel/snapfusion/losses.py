@@ -1,0 +1,148 @@
+"""What SnapFusion's students are trained on (arXiv 2306.00980, section 4): denoising and step distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from catimage_accel.snapfusion.captioned import Captioned
+from catimage_accel.snapfusion.conditioning import FrozenText, with_dropout
+from catimage_accel.snapfusion.schedule import VelocitySchedule, clean_from, ddim_step
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(sample (n, C, h, w), timestep (n,), text (n, tokens, features)) -> v (n, C, h, w), float32."""
+
+
+def denoiser_of(unet: torch.nn.Module, dtype: torch.dtype) -> Denoiser:
+    """``unet``, whose weights are in ``dtype``, as a function of float32 samples."""
+
+    def predict(sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return unet(sample.to(dtype), timestep, text, return_dict=False)[0].float()
+
+    return predict
+
+
+@dataclass(eq=False)
+class DenoisingLoss:
+    """The mean squared error of v on noised training latents, and optionally of what a teacher says of them.
+
+    One timestep is drawn from each of ``batch_size`` equal strata. With ``teacher_weight`` w the target is
+    ``(1 - w) * v + w * the teacher's v``: the mean squared error to it has the gradient of the two errors mixed so.
+    """
+
+    source: Captioned
+    text: FrozenText
+    schedule: VelocitySchedule
+    batch_size: int
+    caption_dropout: float = 0.1
+    teacher: Denoiser | None = None
+    teacher_weight: float = 0.0
+
+    def __call__(self, student: Denoiser, generator: torch.Generator) -> Tensor:
+        device = self.schedule.alpha.device
+        clean, captions = self.source.batch(self.batch_size, generator)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        clean = clean.to(device)
+        strata = torch.arange(self.batch_size) + torch.rand(self.batch_size, generator=generator)
+        last = self.schedule.timesteps - 1
+        timestep = (strata / self.batch_size * self.schedule.timesteps).long().clamp(max=last).to(device)
+        alpha, sigma = self.schedule.rates(timestep)
+        text = self.text.encode(with_dropout(captions, self.caption_dropout, generator))
+        noisy, target = alpha * clean + sigma * noise, alpha * noise - sigma * clean
+        if self.teacher is not None and self.teacher_weight > 0:
+            with torch.no_grad():
+                target = target.lerp(self.teacher(noisy, timestep, text), self.teacher_weight)
+        return F.mse_loss(student(noisy, timestep, text), target)
+
+
+@dataclass(eq=False)
+class StepLoss:
+    """Step distillation: one DDIM step of the student is to do what several of the teacher do.
+
+    From a latent ``z`` noised to a timestep ``t`` of the student's grid the teacher goes to the student's next timestep
+    ``t''`` in ``teacher_steps / student_steps`` steps of equal length. The student's clean latents must be
+    ``(z'' - r z) / (alpha'' - r alpha)`` with ``r = sigma'' / sigma``, weighted by ``max(alpha^2 / sigma^2, 1)``. With
+    ``cfg_probability`` a batch compares guided predictions of both instead, each row at a guidance scale drawn from
+    ``guidance``. The plain denoising loss of the same predictions is added, scaled to ``denoising_weight`` times the
+    distillation loss.
+    """
+
+    source: Captioned
+    text: FrozenText
+    schedule: VelocitySchedule
+    teacher: Denoiser
+    teacher_steps: int
+    student_steps: int
+    batch_size: int
+    guidance: tuple[float, float] = (2.0, 14.0)
+    cfg_probability: float = 0.1
+    denoising_weight: float = 0.2
+    caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.teacher_steps % self.student_steps or self.teacher_steps == self.student_steps:
+            raise ValueError(
+                f"teacher_steps is {self.teacher_steps}; accepted: a multiple of student_steps ({self.student_steps}), "
+                f"{2 * self.student_steps} as a rule"
+            )
+        self._grid = self.schedule.grid(self.student_steps)
+
+    def __call__(self, student: Denoiser, generator: torch.Generator) -> Tensor:
+        device = self.schedule.alpha.device
+        guided = float(torch.rand((), generator=generator)) < self.cfg_probability
+        clean, captions = self.source.batch(self.batch_size, generator)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        clean = clean.to(device)
+        place = torch.randint(self.student_steps, (self.batch_size,), generator=generator).to(device)
+        now, after = self._grid[place], self._grid[place + 1]
+        low, high = self.guidance
+        scale = low + (high - low) * torch.rand(self.batch_size, 1, 1, 1, generator=generator).to(device)
+        captions = captions if guided else with_dropout(captions, self.caption_dropout, generator)
+        text = self.text.encode(captions)
+        predict = _Guidance(scale, self.text.empty(self.batch_size)) if guided else _unguided
+        alpha, sigma = self.schedule.rates(now)
+        noisy = alpha * clean + sigma * noise
+        with torch.no_grad():
+            target = self.target(lambda sample, t: predict(self.teacher, sample, t, text)[0], noisy, now, after)
+        velocity, conditional = predict(student, noisy, now, text)
+        weight = (alpha / sigma).square().clamp(min=1)
+        loss = (weight * (target - clean_from(noisy, velocity, alpha, sigma)).square()).mean()
+        if self.denoising_weight == 0:
+            return loss
+        plain = F.mse_loss(conditional, alpha * noise - sigma * clean)
+        return loss + self.denoising_weight * (loss / plain).detach() * plain
+
+    def target(self, teacher: Callable[[Tensor, Tensor], Tensor], noisy: Tensor, now: Tensor, after: Tensor) -> Tensor:
+        """The clean latents that take the student in one step from ``noisy`` to where the teacher arrives."""
+        rates = self.schedule.rates(now)
+        sample, timestep, here = noisy, now, rates
+        parts = self.teacher_steps // self.student_steps
+        for part in range(1, parts + 1):
+            following = now + torch.round((after - now) * (part / parts)).long() if part < parts else after
+            there = self.schedule.rates(following)
+            velocity = teacher(sample, timestep)
+            sample, timestep, here = ddim_step(sample, velocity, here, there), following, there
+        ratio = here[1] / rates[1]
+        return (sample - ratio * noisy) / (here[0] - ratio * rates[0])
+
+
+def _unguided(model: Denoiser, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    velocity = model(sample, timestep, text)
+    return velocity, velocity
+
+
+@dataclass(eq=False)
+class _Guidance:
+    """Classifier-free guidance (arXiv 2207.12598) at one scale a row: the guided v, and the conditional one."""
+
+    scale: Tensor
+    empty: Tensor
+
+    def __call__(self, model: Denoiser, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        both = model(sample.repeat(2, 1, 1, 1), timestep.repeat(2), torch.cat([self.empty, text]))
+        unconditional, conditional = both.chunk(2)
+        return unconditional + self.scale * (conditional - unconditional), conditional

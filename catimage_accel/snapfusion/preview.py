@@ -1,0 +1,108 @@
+"""What a student draws while it is trained: pictures to look at, and their CLIPScore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from catimage_accel.quality import CLIPScore
+from catimage_accel.snapfusion.conditioning import FrozenText
+from catimage_accel.snapfusion.losses import Denoiser
+from catimage_accel.snapfusion.schedule import VelocitySchedule, ddim_step
+
+BATCH = 16
+COLUMNS = 8
+
+
+class Preview:
+    """Draws the same prompts from the same noise, whenever asked, and scores what came out.
+
+    ``judge`` is a CLIP folder, None for no scores. ``shape`` is that of one image's latents.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        text: FrozenText,
+        schedule: VelocitySchedule,
+        vae: AutoencoderKL,
+        shape: tuple[int, int, int],
+        judge: Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.prompts, self.schedule, self.vae = list(prompts), schedule, vae
+        self.device = schedule.alpha.device
+        noise = torch.randn((len(self.prompts), *shape), generator=torch.Generator().manual_seed(seed))
+        self._noise = noise.to(self.device)
+        self._hidden, self._text = text.encode(self.prompts), text
+        self._judge = None if judge is None else CLIPScore(judge)
+
+    @torch.no_grad()
+    def latents(self, denoiser: Denoiser, steps: int, guidance_scale: float) -> Tensor:
+        """DDIM's latents of all prompts, float32."""
+        grid = self.schedule.grid(steps)
+        parts = []
+        for sample, hidden in zip(self._noise.split(BATCH), self._hidden.split(BATCH), strict=True):
+            for now, after in pairwise(grid):
+                velocity = self._guided(denoiser, sample, now.expand(len(sample)), hidden, guidance_scale)
+                sample = ddim_step(sample, velocity, self.schedule.rates(now), self.schedule.rates(after))
+            parts.append(sample)
+        return torch.cat(parts)
+
+    def _guided(self, denoiser: Denoiser, sample: Tensor, now: Tensor, hidden: Tensor, scale: float) -> Tensor:
+        if scale <= 1:
+            return denoiser(sample, now, hidden)
+        both = denoiser(sample.repeat(2, 1, 1, 1), now.repeat(2), torch.cat([self._text.empty(len(sample)), hidden]))
+        unconditional, conditional = both.chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> list[np.ndarray]:
+        """uint8 (height, width, 3), one a prompt."""
+        found: list[np.ndarray] = []
+        for part in latents.split(BATCH):
+            images = self.vae.decode(part / self.vae.config.scaling_factor).sample.float()
+            pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+            found += list(pixels.permute(0, 2, 3, 1).numpy())
+        return found
+
+    def score(self, denoiser: Denoiser, steps: int, guidance_scale: float) -> float:
+        """The mean CLIPScore by the judge."""
+        return float(np.mean(self.scores(self.pictures(self.latents(denoiser, steps, guidance_scale)))))
+
+    def scores(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Each picture's CLIPScore by the judge."""
+        if self._judge is None:
+            raise ValueError("judge is missing; name a CLIP folder")
+        return self._judge.score(list(pictures), self.prompts)
+
+    def validator(
+        self, denoiser: Denoiser, steps: int, guidance_scale: float, folder: Path
+    ) -> Callable[[int], dict[str, float]]:
+        """What a Trainer calls: writes ``folder/step-NNNNNN.png`` and returns the scores."""
+
+        def validate(step: int) -> dict[str, float]:
+            pictures = self.pictures(self.latents(denoiser, steps, guidance_scale))
+            folder.mkdir(parents=True, exist_ok=True)
+            grid(pictures).save(folder / f"step-{step:06d}.png")
+            return {} if self._judge is None else {"clip_score": float(self.scores(pictures).mean())}
+
+        return validate
+
+
+def grid(pictures: Sequence[np.ndarray], columns: int = COLUMNS) -> Image.Image:
+    """The pictures, all of one size, in rows of ``columns``."""
+    height, width, _ = pictures[0].shape
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * height, min(columns, len(pictures)) * width, 3), 255, np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * height, index % columns * width
+        sheet[top : top + height, left : left + width] = picture
+    return Image.fromarray(sheet)

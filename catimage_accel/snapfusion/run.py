@@ -1,0 +1,166 @@
+"""What every training run is made of: the model's parts, the pairs to train on, the folder it is kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+
+from catimage_accel.engines.loading import latent_size, load_unet, read_config
+from catimage_accel.quantize.quantization import weights_sha256
+from catimage_accel.snapfusion.captioned import Captioned, PictureFolder
+from catimage_accel.snapfusion.conditioning import FrozenText
+from catimage_accel.snapfusion.preview import Preview
+from catimage_accel.snapfusion.recipes import BUILT_IN, RUN_PREFIX, Validation
+from catimage_accel.snapfusion.schedule import VelocitySchedule
+from catimage_accel.training.loop import PRECISIONS
+from catimage_accel.training.record import RECORD_FILE
+
+RESULT = "unet"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of recipe ``path`` on ``device``: its checkpoints and its result are in ``work/<the recipe's name>``."""
+
+    path: Path
+    work: Path
+    device: torch.device
+    model_name: str
+    precision: str
+
+    @property
+    def folder(self) -> Path:
+        return self.work / self.path.stem
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
+
+    @cached_property
+    def model(self) -> Path:
+        """The diffusers folder; FileNotFoundError if it is none."""
+        folder = built_in_model() if self.model_name == BUILT_IN else self.path.parent / self.model_name
+        if not (folder / "scheduler" / "scheduler_config.json").is_file():
+            raise FileNotFoundError(
+                f"{self.path}: model is {self.model_name!r}, but {folder} is no diffusers folder; accepted: one with "
+                f"unet, vae, text_encoder, tokenizer and scheduler, or {BUILT_IN!r}"
+            )
+        return folder
+
+    @cached_property
+    def schedule(self) -> VelocitySchedule:
+        return VelocitySchedule.of_model(self.model, self.device)
+
+    @cached_property
+    def text(self) -> FrozenText:
+        return FrozenText(self.model, self.device, self.dtype)
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        vae = AutoencoderKL.from_pretrained(str(self.model), subfolder="vae", local_files_only=True)
+        return vae.eval().requires_grad_(False).to(self.device)
+
+    def source(self, data: str) -> Captioned:
+        """The training pairs; latents are kept in ``work``."""
+        if data == BUILT_IN:
+            from catimage_accel.zoo.training.captioned import CaptionedScenes
+            from catimage_accel.zoo.training.denoiser import teacher_weight
+
+            return CaptionedScenes(self.work, self.vae, teacher_weight)
+        height, _ = latent_size(read_config(self.model / "unet" / "config.json"))
+        pixels = height * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return PictureFolder(self.path.parent / data, self.model, pixels, self.work, self.device)
+
+    def unet_folder(self, name: str) -> tuple[Path, str]:
+        """(parent, subfolder) of a UNet named by a recipe."""
+        if name.startswith(RUN_PREFIX):
+            parent, part = self.work / name.removeprefix(RUN_PREFIX), RESULT
+        else:
+            parent, part = self.model, name
+        if not (parent / part / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{self.path}: {name!r} is no UNet: {parent / part} is missing; accepted: a subfolder of the model, or "
+                f"{RUN_PREFIX}NAME of a run that was finished in {self.work}"
+            )
+        return parent, part
+
+    def unet(self, name: str) -> UNet2DConditionModel:
+        """The UNet named by a recipe, float32, with the attention that is fast to train on this device.
+
+        ValueError if it is none for this model, or needs more than a prompt.
+        """
+        unet = load_unet(*self.unet_folder(name), torch.float32)
+        channels = self.vae.config.latent_channels
+        if unet.config.in_channels != channels or unet.config.out_channels != channels:
+            raise ValueError(
+                f"{name!r} has {unet.config.in_channels} channels in and {unet.config.out_channels} out; accepted: "
+                f"{channels}, those of the latents of {self.model / 'vae'}"
+            )
+        width, features = unet.config.cross_attention_dim, self.text.encoder.config.hidden_size
+        if width != features:
+            raise ValueError(f"{name!r} takes text of {width} features; {self.model / 'text_encoder'} gives {features}")
+        if unet.config.addition_embed_type is not None:
+            needs = unet.config.addition_embed_type
+            raise ValueError(f"{name!r} needs more than a prompt ({needs}); accepted: UNets as SD1.x's and SD2.x's")
+        if self.device.type == "cpu":
+            unet.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow backward pass on a CPU
+        return unet
+
+    def frozen(self, name: str) -> UNet2DConditionModel:
+        """The UNet as a teacher, in the run's precision."""
+        return self.unet(name).eval().requires_grad_(False).to(self.device, self.dtype)
+
+    def digest(self, name: str) -> str:
+        """Tells the weights of a UNet named by a recipe."""
+        return weights_sha256(*self.unet_folder(name))[:16]
+
+    def preview(self, wanted: Validation) -> Preview:
+        """The validation prompts, ready to be drawn."""
+        height, width = latent_size(read_config(self.model / "unet" / "config.json"))
+        shape = (self.vae.config.latent_channels, height, width)
+        return Preview(
+            self.prompts(wanted.prompts, wanted.number), self.text, self.schedule, self.vae, shape,
+            None if wanted.judge is None else self.judge(wanted.judge),
+        )  # fmt: skip
+
+    def prompts(self, name: str, number: int) -> list[str]:
+        """The first prompts of a text file, or validation captions of the built-in zoo."""
+        if name == BUILT_IN:
+            from catimage_accel.zoo.training.data import VALIDATION_CAPTIONS, held_out_captions
+
+            return [text for _, text in held_out_captions(number, VALIDATION_CAPTIONS)]
+        path = self.path.parent / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.path}: prompts is {name!r}, but {path} is missing; accepted: a text file")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{path} is empty; accepted: a prompt a line")
+        return lines[:number]
+
+    def judge(self, name: str) -> Path:
+        return built_in_model().parent / "judge" if name == BUILT_IN else self.path.parent / name
+
+    def write(self, unet: UNet2DConditionModel, facts: dict[str, Any]) -> Path:
+        """Keeps the finished UNet as ``folder/unet`` (float16) with ``run.json``, the old one replaced as a whole."""
+        partial, final = self.folder / f".{RESULT}.{os.getpid()}", self.folder / RESULT
+        unet.half().save_pretrained(partial)
+        unet.float()
+        (self.folder / RECORD_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        return final
+
+
+def built_in_model() -> Path:
+    """The diffusers folder of the built-in catalog."""
+    return Path(__file__).parents[1] / "zoo" / BUILT_IN / "model"

@@ -1,0 +1,75 @@
+"""The noise that a model was trained with, for training on its own steps: rates, velocities, DDIM's update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from catimage_accel.executor.samplers import read_scheduler_config
+
+END = -1
+"""The "timestep" after the last one: the end of sampling, where next to no noise is left."""
+
+
+@dataclass(frozen=True, eq=False)
+class VelocitySchedule:
+    """A v-prediction model's noise: ``sample = alpha * clean + sigma * noise``, ``v = alpha * noise - sigma * clean``.
+
+    ``alpha`` and ``sigma`` (timesteps + 1,) float32, by timestep, on the device of training; their last entry is that
+    of ``END``. v-prediction is Salimans and Ho's (arXiv 2202.00512).
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    config: dict[str, object]
+
+    @classmethod
+    def of_model(cls, model: Path, device: torch.device | str = "cpu") -> VelocitySchedule:
+        """The schedule of a diffusers folder; ValueError if its models predict something other than v."""
+        from diffusers import DDIMScheduler
+
+        config = read_scheduler_config(model)
+        predicted = config.get("prediction_type", "epsilon")
+        if predicted != "v_prediction":
+            raise ValueError(
+                f"{model / 'scheduler'}: prediction_type is {predicted!r}; accepted: v_prediction. Turn the model into "
+                "one with `catimage distill finetune` first, which writes a folder with such a scheduler"
+            )
+        scheduler = DDIMScheduler.from_config(config)
+        cumulative = torch.cat([scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double().view(1)])
+        alpha, sigma = cumulative.sqrt().float(), (1 - cumulative).sqrt().float()
+        return cls(alpha.to(device), sigma.to(device), config)
+
+    @property
+    def timesteps(self) -> int:
+        """How many timesteps the model was trained on."""
+        return len(self.alpha) - 1
+
+    def rates(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at ``timestep`` (n,), ``END`` included: float32 (n, 1, 1, 1)."""
+        return self.alpha[timestep].view(-1, 1, 1, 1), self.sigma[timestep].view(-1, 1, 1, 1)
+
+    def grid(self, steps: int) -> Tensor:
+        """The timesteps that DDIM visits in ``steps`` steps, with ``END`` behind them: int64 (steps + 1,)."""
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler.from_config(self.config)
+        scheduler.set_timesteps(steps)
+        if len(scheduler.timesteps) != steps:
+            raise ValueError(f"steps is {steps}, for which diffusers makes {len(scheduler.timesteps)}; take another")
+        return torch.cat([scheduler.timesteps.long(), torch.tensor([END])]).to(self.alpha.device)
+
+
+def clean_from(sample: Tensor, velocity: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The clean latents that ``velocity`` predicts."""
+    return alpha * sample - sigma * velocity
+
+
+def ddim_step(sample: Tensor, velocity: Tensor, now: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Tensor:
+    """DDIM's update (arXiv 2010.02502, eta = 0) from the rates ``now`` to those ``after``."""
+    alpha, sigma = now
+    noise = sigma * sample + alpha * velocity
+    return after[0] * clean_from(sample, velocity, alpha, sigma) + after[1] * noise
