@@ -32,6 +32,7 @@ from torch import Tensor  # noqa: E402
 
 from catimage_accel.accelerate import accelerate, restore  # noqa: E402
 from catimage_accel.catalog import Catalog  # noqa: E402
+from catimage_accel.engines.loading import load_unet  # noqa: E402
 
 CPU = torch.device("cpu")
 STEPS = 10
@@ -71,7 +72,7 @@ def load(catalog: Catalog, name: str) -> StableDiffusionPipeline:
     """A candidate's models in diffusers' own pipeline."""
     candidate = next(candidate for candidate in catalog.candidates if candidate.name == name)
     folder = catalog.resolve_model(candidate.model)
-    unet = UNet2DConditionModel.from_pretrained(folder / candidate.unet)
+    unet = load_unet(folder, candidate.unet, torch.float32)
     pipe = StableDiffusionPipeline.from_pretrained(folder, unet=unet, safety_checker=None)
     assert isinstance(pipe.vae, AutoencoderKL)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

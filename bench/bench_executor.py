@@ -31,10 +31,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 
 from catimage_accel.catalog import Candidate, Catalog
+from catimage_accel.engines.loading import load_unet
 from catimage_accel.executor import Executor, Job
 from catimage_accel.profiling import catalog_executor
 from catimage_accel.storage import write_atomic
@@ -99,7 +99,7 @@ class DiffusersLoop:
         for c in candidates:
             if (c.model, c.unet) not in self._pipes:
                 folder = resolve(c.model)
-                unet = UNet2DConditionModel.from_pretrained(folder / c.unet, use_safetensors=True)
+                unet = load_unet(folder, c.unet, torch.float32)
                 pipe = StableDiffusionPipeline.from_pretrained(folder, unet=unet, safety_checker=None)
                 pipe.set_progress_bar_config(disable=True)
                 self._pipes[c.model, c.unet] = pipe

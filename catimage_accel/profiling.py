@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from catimage_accel.catalog import Candidate, Catalog
-from catimage_accel.engines.loading import latent_size, read_config
+from catimage_accel.engines.loading import latent_size, read_config, unet_class
 from catimage_accel.executor import Executor, Job
 from catimage_accel.kernels.device import device_name
 
@@ -88,12 +88,12 @@ def _decode_flops(model: Path) -> int:
 
 def _unet_flops(model: Path, name: str) -> tuple[int, int, int]:
     """(once a prompt, a step, a step between two refreshes of DeepCache's deep features) of one UNet row."""
-    from diffusers import UNet2DConditionModel
 
     config = read_config(model / name / "config.json")
     tokens = read_config(model / "text_encoder" / "config.json")["max_position_embeddings"]
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model / name)).eval()
+        kind = unet_class(model, name)
+        unet = kind.from_config(kind.load_config(model / name)).eval()
         sample = torch.zeros(1, unet.config.in_channels, *latent_size(config))
         width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
         counter = _count(unet, sample, torch.zeros(1), torch.zeros(1, tokens, width))

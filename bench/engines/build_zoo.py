@@ -32,7 +32,7 @@ from catimage_accel.calibration import record_inputs  # noqa: E402
 from catimage_accel.catalog import Catalog  # noqa: E402
 from catimage_accel.engines.cache import EngineCache  # noqa: E402
 from catimage_accel.engines.components import Component  # noqa: E402
-from catimage_accel.engines.loading import load_component  # noqa: E402
+from catimage_accel.engines.loading import load_unet  # noqa: E402
 from catimage_accel.engines.onnx_export import MODEL_FILE, export  # noqa: E402
 from catimage_accel.engines.planning import shape_profile  # noqa: E402
 from catimage_accel.engines.tensorrt import RUNTIMES, TensorRTRuntime  # noqa: E402
@@ -84,12 +84,11 @@ def components(folder: Path) -> Iterator[Component]:
 
 def quantized(catalog: Catalog, candidate: str, model: Path, unet: str, folder: Path) -> Path:
     """All layers in INT8, their outputs too, from what ``PROMPTS`` give the UNet."""
-    from diffusers import UNet2DConditionModel
 
     inputs = record_inputs(
         catalog.candidate(candidate), PROMPTS, CALIBRATION_ROWS, device="cpu", resolve_model=catalog.resolve_model
     )
-    loaded = load_component(UNet2DConditionModel, model, unet, torch.float32)
+    loaded = load_unet(model, unet, torch.float32)
     calibrate(loaded, "int8", inputs.batches(), source_sha256=weights_sha256(model, unet)).save(folder)
     return folder
 

@@ -101,10 +101,9 @@ def _quantized(
 ) -> tuple[Quantization, QuantizationReport]:  # fmt: skip
     """One quantization for candidates of one UNet."""
     import torch
-    from diffusers import UNet2DConditionModel
 
     from catimage_accel.calibration import record_inputs
-    from catimage_accel.engines.loading import load_component
+    from catimage_accel.engines.loading import load_unet
     from catimage_accel.quantize import UNetInputs, check_checkpoint, quantize_unet, weights_sha256
 
     first = candidates[0]
@@ -119,7 +118,7 @@ def _quantized(
             )
             for one in candidates
         ])  # fmt: skip
-        unet = load_component(UNet2DConditionModel, model, first.unet, torch.float32).to(device)
+        unet = load_unet(model, first.unet, torch.float32).to(device)
         work = progress.add_task(f"quantizing {first.unet}", total=None)
         calibration = {
             "candidates": [one.name for one in candidates], "prompts": len(prompts),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from catimage_accel.engines.components import Component
 from catimage_accel.engines.deepcache import PARTS, UNetParts, denoise_with_deep_features
-from catimage_accel.engines.loading import check_model_folder, check_precision, latent_size, load_component
+from catimage_accel.engines.loading import check_model_folder, check_precision, latent_size, load_component, load_unet
 from catimage_accel.engines.protocol import DeepFeatures, KeyValue, TextBatch, TextState
 from catimage_accel.engines.text import CachedText
 from catimage_accel.quantize.fake import fake_quantized
@@ -101,7 +101,6 @@ class EagerEngine:
 
         Raises FileNotFoundError or ValueError, before any weight is read, for folders that can't be run.
         """
-        from diffusers import UNet2DConditionModel
 
         self.device = torch.device(device)
         self.dtype = check_precision(precision, self.device)
@@ -111,7 +110,7 @@ class EagerEngine:
                 f"shared is in {shared.dtype} on {shared.device}; accepted: {self.dtype} on {self.device}, as the UNet"
             )
         self.shared = SharedParts(model, self.dtype, self.device) if shared is None else shared
-        loaded = load_component(UNet2DConditionModel, model, unet, self.dtype)
+        loaded = load_unet(model, unet, self.dtype)
         if (scales := Component(model, "unet", unet, precision, quantization).scales) is not None:
             loaded = fake_quantized(loaded, scales)
         self.unet = loaded.to(device=self.device, memory_format=torch.channels_last)

@@ -12,14 +12,15 @@ import torch
 from catimage_accel.candidate import QUANTIZED_PRECISIONS
 
 __all__ = [
-    "PRECISIONS", "check_model_folder", "check_precision", "latent_size", "load_component", "read_config",
+    "PRECISIONS", "check_model_folder", "check_precision", "latent_size", "load_component", "load_unet",
+    "read_config", "unet_class",
 ]  # fmt: skip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _WEIGHTS = {"text_encoder": "model"}
 _CLASSES = {"text_encoder": ("CLIPTextModel",), "vae": ("AutoencoderKL",)}
-_UNET_CLASSES = ("UNet2DConditionModel",)
+_UNET_CLASSES = ("UNet2DConditionModel", "EfficientUNet")
 
 
 def check_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -68,6 +69,26 @@ def load_component(kind: Any, model: Path, part: str, dtype: torch.dtype) -> Any
         str(model), subfolder=part, use_safetensors=True, local_files_only=True, variant=variant, **{name: dtype}
     )
     return component.eval().requires_grad_(False)
+
+
+def load_unet(model: Path, name: str, dtype: torch.dtype) -> Any:
+    """The UNet in a subfolder of ``model``: a diffusers UNet2DConditionModel, or one that is an EfficientUNet."""
+    return load_component(unet_class(model, name), model, name, dtype)
+
+
+def unet_class(model: Path, name: str) -> Any:
+    """The class that the UNet in ``model/name`` is of; ValueError for one that is not known."""
+    path = model / name / "config.json"
+    found = read_config(path).get("_class_name")
+    if found == "EfficientUNet":
+        from catimage_accel.efficient_unet import EfficientUNet
+
+        return EfficientUNet
+    if found != "UNet2DConditionModel":
+        raise ValueError(f"{path}: the class is {found!r}; accepted: {', '.join(_UNET_CLASSES)}")
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel
 
 
 def read_config(path: Path) -> dict[str, Any]:

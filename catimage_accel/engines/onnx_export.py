@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from catimage_accel.engines.components import Component
 from catimage_accel.engines.deepcache import enter, inside, leave
-from catimage_accel.engines.loading import load_component, read_config
+from catimage_accel.engines.loading import load_component, load_unet, read_config
 from catimage_accel.engines.onnx_weights import fold_quantized_weights, onnx_type, type_scales
 from catimage_accel.engines.unavailable import EngineUnavailable, why_missing
 from catimage_accel.quantize.fake import fake_quantized
@@ -158,10 +158,9 @@ def _keep_inputs(model: Any, inputs: dict[str, Tensor]) -> None:
 
 def _unet(component: Component, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:
     """The UNet as a module of positional inputs, and such inputs."""
-    from diffusers import UNet2DConditionModel
 
     config = read_config(component.model / component.unet / "config.json")
-    unet = load_component(UNet2DConditionModel, component.model, component.unet, dtype)
+    unet = load_unet(component.model, component.unet, dtype)
     kind = config.get("addition_embed_type")
     if kind not in (None, "text_time") or config.get("class_embed_type") or config.get("num_class_embeds"):
         found = kind if kind not in (None, "text_time") else "class labels"

@@ -120,7 +120,10 @@ class ArchitectureRecipe(_Recipe):
 
 
 class DecoderRecipe(Strict):
-    """A decoder with ``keep`` of the channels, trained on latents that ``model`` draws of ``prompts``."""
+    """A decoder with ``keep`` of the channels, trained on latents that ``model`` draws of the first ``number`` prompts.
+
+    ``prompts`` is a text file, a prompt a line, or "emoji": captions of the built-in zoo's training scenes.
+    """
 
     model: Text
     prompts: Text = BUILT_IN
@@ -129,6 +132,7 @@ class DecoderRecipe(Strict):
     steps: Count = 10
     sampler: Literal["ddim", "euler", "dpmsolver++"] = "dpmsolver++"
     guidance_scale: Scale = 4.0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 500_000
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     training: Training
     validate_every: Count = 250

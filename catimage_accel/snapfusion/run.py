@@ -21,6 +21,7 @@ from catimage_accel.snapfusion.conditioning import FrozenText
 from catimage_accel.snapfusion.preview import Preview
 from catimage_accel.snapfusion.recipes import BUILT_IN, RUN_PREFIX, Validation
 from catimage_accel.snapfusion.schedule import VelocitySchedule
+from catimage_accel.storage import write_atomic
 from catimage_accel.training.loop import PRECISIONS
 from catimage_accel.training.record import RECORD_FILE
 
@@ -98,7 +99,7 @@ class Run:
 
         ValueError if it is none for this model, or needs more than a prompt.
         """
-        unet = load_unet(*self.unet_folder(name), torch.float32)
+        unet = load_unet(*self.unet_folder(name), torch.float32).requires_grad_(True).train()
         channels = self.vae.config.latent_channels
         if unet.config.in_channels != channels or unet.config.out_channels != channels:
             raise ValueError(
@@ -132,11 +133,13 @@ class Run:
             None if wanted.judge is None else self.judge(wanted.judge),
         )  # fmt: skip
 
-    def prompts(self, name: str, number: int) -> list[str]:
-        """The first prompts of a text file, or validation captions of the built-in zoo."""
+    def prompts(self, name: str, number: int, *, training: bool = False) -> list[str]:
+        """The first prompts of a text file, or captions of the built-in zoo: its training scenes' or held-out ones."""
         if name == BUILT_IN:
-            from catimage_accel.zoo.training.data import VALIDATION_CAPTIONS, held_out_captions
+            from catimage_accel.zoo.training.data import VALIDATION_CAPTIONS, held_out_captions, training_captions
 
+            if training:
+                return training_captions(number)
             return [text for _, text in held_out_captions(number, VALIDATION_CAPTIONS)]
         path = self.path.parent / name
         if not path.is_file():
@@ -149,12 +152,12 @@ class Run:
     def judge(self, name: str) -> Path:
         return built_in_model().parent / "judge" if name == BUILT_IN else self.path.parent / name
 
-    def write(self, unet: UNet2DConditionModel, facts: dict[str, Any]) -> Path:
-        """Keeps the finished UNet as ``folder/unet`` (float16) with ``run.json``, the old one replaced as a whole."""
-        partial, final = self.folder / f".{RESULT}.{os.getpid()}", self.folder / RESULT
-        unet.half().save_pretrained(partial)
-        unet.float()
-        (self.folder / RECORD_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    def write(self, model: UNet2DConditionModel | AutoencoderKL, facts: dict[str, Any], name: str = RESULT) -> Path:
+        """Keeps the finished model as ``folder/name`` (float16) with ``run.json``, the old one replaced as a whole."""
+        partial, final = self.folder / f".{name}.{os.getpid()}", self.folder / name
+        model.half().save_pretrained(partial)
+        model.float()
+        write_atomic(self.folder / RECORD_FILE, (json.dumps(facts, indent=2) + "\n").encode())
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)

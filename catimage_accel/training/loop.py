@@ -67,6 +67,8 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             device = self.accelerator.device
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError(f"{title}: no parameter of the model requires a gradient; accepted: at least 1")
         self.names = [name for name, _ in named]
         # convolutions are kept as matrices (out, in * height * width), the shape that Muon takes
         self.master = [

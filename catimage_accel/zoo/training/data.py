@@ -50,6 +50,11 @@ def held_out_captions(number: int, start: int = 0) -> list[tuple[SceneSpec, str]
     ]
 
 
+def training_captions(number: int) -> list[str]:
+    """One wording each of the first training scenes."""
+    return [caption(spec(index, "train"), np.random.default_rng((5, index))) for index in range(number)]
+
+
 def _render_chunk(arguments: tuple[int, int, Split]) -> np.ndarray:
     start, stop, split = arguments
     return np.stack([render(scene(index, split)) for index in range(start, stop)])
