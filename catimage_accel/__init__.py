@@ -13,15 +13,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from catimage_accel.accelerate import accelerate, restore
     from catimage_accel.catalog import Candidate, Catalog
+    from catimage_accel.efficient_decoder import EfficientDecoderKL
+    from catimage_accel.efficient_unet import EfficientUNet
     from catimage_accel.pipeline import RoutedPipeline
     from catimage_accel.routing import Router
 
 __version__ = "0.1.0"
-__all__ = ["Candidate", "Catalog", "RoutedPipeline", "Router", "accelerate", "restore"]
+__all__ = [
+    "Candidate", "Catalog", "EfficientDecoderKL", "EfficientUNet", "RoutedPipeline", "Router", "accelerate", "restore",
+]  # fmt: skip
 
 _HOMES = {
     "Candidate": "catimage_accel.catalog",
     "Catalog": "catimage_accel.catalog",
+    "EfficientDecoderKL": "catimage_accel.efficient_decoder",
+    "EfficientUNet": "catimage_accel.efficient_unet",
     "RoutedPipeline": "catimage_accel.pipeline",
     "Router": "catimage_accel.routing",
     "accelerate": "catimage_accel.accelerate",

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from catimage_accel.catalog import Candidate, Catalog
-from catimage_accel.engines.loading import latent_size, read_config, unet_class
+from catimage_accel.engines.loading import latent_size, model_class, read_config
 from catimage_accel.executor import Executor, Job
 from catimage_accel.kernels.device import device_name
 
@@ -77,11 +77,10 @@ def _text_flops(model: Path) -> int:
 
 
 def _decode_flops(model: Path) -> int:
-    from diffusers import AutoencoderKL
-
     size = latent_size(read_config(model / "unet" / "config.json"))
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(model / "vae")).eval()
+        kind = model_class(model, "vae")
+        vae = kind.from_config(kind.load_config(model / "vae")).eval()
         latents = torch.zeros(1, vae.config.latent_channels, *size)
         return _count(vae.decode, latents).get_total_flops()
 
@@ -92,7 +91,7 @@ def _unet_flops(model: Path, name: str) -> tuple[int, int, int]:
     config = read_config(model / name / "config.json")
     tokens = read_config(model / "text_encoder" / "config.json")["max_position_embeddings"]
     with torch.device("meta"):
-        kind = unet_class(model, name)
+        kind = model_class(model, name)
         unet = kind.from_config(kind.load_config(model / name)).eval()
         sample = torch.zeros(1, unet.config.in_channels, *latent_size(config))
         width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim

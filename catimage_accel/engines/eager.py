@@ -13,7 +13,14 @@ from torch import Tensor
 
 from catimage_accel.engines.components import Component
 from catimage_accel.engines.deepcache import PARTS, UNetParts, denoise_with_deep_features
-from catimage_accel.engines.loading import check_model_folder, check_precision, latent_size, load_component, load_unet
+from catimage_accel.engines.loading import (
+    check_model_folder,
+    check_precision,
+    latent_size,
+    load_component,
+    load_unet,
+    load_vae,
+)
 from catimage_accel.engines.protocol import DeepFeatures, KeyValue, TextBatch, TextState
 from catimage_accel.engines.text import CachedText
 from catimage_accel.quantize.fake import fake_quantized
@@ -28,13 +35,12 @@ class SharedParts:
     """
 
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device) -> None:
-        from diffusers import AutoencoderKL
         from transformers import CLIPTextModel, CLIPTokenizer
 
         self.model, self.dtype, self.device = model, dtype, device
         self.tokenizer = CLIPTokenizer.from_pretrained(str(model), subfolder="tokenizer", local_files_only=True)
         self.text_encoder = load_component(CLIPTextModel, model, "text_encoder", dtype).to(device)
-        vae = load_component(AutoencoderKL, model, "vae", dtype)
+        vae = load_vae(model, dtype)
         if dtype == torch.float16 and vae.config.force_upcast:
             vae = vae.float()
         self.vae = vae.to(device=device, memory_format=torch.channels_last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ from catimage_accel.candidate import QUANTIZED_PRECISIONS
 
 __all__ = [
     "PRECISIONS", "check_model_folder", "check_precision", "latent_size", "load_component", "load_unet",
-    "read_config", "unet_class",
+    "load_vae", "model_class", "read_config",
 ]  # fmt: skip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _WEIGHTS = {"text_encoder": "model"}
-_CLASSES = {"text_encoder": ("CLIPTextModel",), "vae": ("AutoencoderKL",)}
+_CLASSES = {"text_encoder": ("CLIPTextModel",), "vae": ("AutoencoderKL", "EfficientDecoderKL")}
 _UNET_CLASSES = ("UNet2DConditionModel", "EfficientUNet")
+# Class of a UNet or VAE -> the module that has it, imported when it is needed.
+_MODULES = {
+    "UNet2DConditionModel": "diffusers", "AutoencoderKL": "diffusers",
+    "EfficientUNet": "catimage_accel.efficient_unet", "EfficientDecoderKL": "catimage_accel.efficient_decoder",
+}  # fmt: skip
 
 
 def check_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -72,23 +78,22 @@ def load_component(kind: Any, model: Path, part: str, dtype: torch.dtype) -> Any
 
 
 def load_unet(model: Path, name: str, dtype: torch.dtype) -> Any:
-    """The UNet in a subfolder of ``model``: a diffusers UNet2DConditionModel, or one that is an EfficientUNet."""
-    return load_component(unet_class(model, name), model, name, dtype)
+    """The UNet in a subfolder of ``model``: diffusers' own, or an EfficientUNet."""
+    return load_component(model_class(model, name), model, name, dtype)
 
 
-def unet_class(model: Path, name: str) -> Any:
-    """The class that the UNet in ``model/name`` is of; ValueError for one that is not known."""
-    path = model / name / "config.json"
+def load_vae(model: Path, dtype: torch.dtype) -> Any:
+    """The VAE of ``model``: diffusers' AutoencoderKL, or one with a narrower decoder."""
+    return load_component(model_class(model, "vae"), model, "vae", dtype)
+
+
+def model_class(model: Path, part: str) -> Any:
+    """The class that the UNet or VAE in ``model/part`` is of; ValueError for one that is not known."""
+    path = model / part / "config.json"
     found = read_config(path).get("_class_name")
-    if found == "EfficientUNet":
-        from catimage_accel.efficient_unet import EfficientUNet
-
-        return EfficientUNet
-    if found != "UNet2DConditionModel":
-        raise ValueError(f"{path}: the class is {found!r}; accepted: {', '.join(_UNET_CLASSES)}")
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel
+    if found not in _MODULES:
+        raise ValueError(f"{path}: the class is {found!r}; accepted: {', '.join(_MODULES)}")
+    return getattr(import_module(_MODULES[found]), found)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from catimage_accel.engines.components import Component
 from catimage_accel.engines.deepcache import enter, inside, leave
-from catimage_accel.engines.loading import load_component, load_unet, read_config
+from catimage_accel.engines.loading import load_unet, load_vae, read_config
 from catimage_accel.engines.onnx_weights import fold_quantized_weights, onnx_type, type_scales
 from catimage_accel.engines.unavailable import EngineUnavailable, why_missing
 from catimage_accel.quantize.fake import fake_quantized
@@ -194,9 +194,7 @@ def _unet(component: Component, dtype: torch.dtype) -> tuple[nn.Module, list[Ten
 
 
 def _decoder(component: Component, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:
-    from diffusers import AutoencoderKL
-
-    vae = load_component(AutoencoderKL, component.model, "vae", dtype)
+    vae = load_vae(component.model, dtype)
     _normalize_in_float32(vae, dtype)
     return _Decoder(vae), [torch.zeros((2, vae.config.latent_channels, 5, 7), dtype=dtype)]
 

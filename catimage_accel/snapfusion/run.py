@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from catimage_accel.engines.loading import latent_size, load_unet, read_config
+from catimage_accel.engines.loading import latent_size, load_unet, load_vae, read_config
 from catimage_accel.quantize.quantization import weights_sha256
 from catimage_accel.snapfusion.captioned import Captioned, PictureFolder
 from catimage_accel.snapfusion.conditioning import FrozenText
@@ -67,8 +67,7 @@ class Run:
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        vae = AutoencoderKL.from_pretrained(str(self.model), subfolder="vae", local_files_only=True)
-        return vae.eval().requires_grad_(False).to(self.device)
+        return load_vae(self.model, torch.float32).to(self.device)
 
     def source(self, data: str) -> Captioned:
         """The training pairs; latents are kept in ``work``."""

@@ -231,6 +231,10 @@ class Trainer:
 
     def _load(self) -> None:
         tensors, self.step, self.seconds = read_checkpoint(self.checkpoint, self.config, self.recipe)
+        lacking = [name for name in self.names if f"master.{name}" not in tensors]
+        if lacking:
+            text = f"{self.checkpoint} is of another model: it lacks {lacking[0]}; give the run another folder"
+            raise ValueError(text)
         owner = {id(p): o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         with torch.no_grad():
             for name, master, ema in zip(self.names, self.master, self.ema, strict=True):
