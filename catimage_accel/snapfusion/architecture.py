@@ -23,7 +23,7 @@ SD15: dict[str, Any] = {
 """What tells Stable Diffusion 1.5's UNet from diffusers' defaults."""
 
 MID_RESNETS = (7, 4)
-_DEPTHS = {
+_DEPTHS: dict[str, Any] = {
     "layers_per_block": {7: (2, 2, 1, 2), 4: (2, 2, 1, 1)},
     "transformer_layers_per_block": ((1, 1), (1, 1), (2,), (1, 1)),
     "reverse_transformer_layers_per_block": ((1, 1, 1), (3, 3), (1, 1, 1), (1, 1, 1)),

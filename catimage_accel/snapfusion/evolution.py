@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def search_architecture(path: Path, work: Path, device: torch.device, steps: int
         state = _begin(run, told, unet, removable, stopwatch)
         target = state.table.whole / wanted.speedup
         check_target(state.table, target, removable)
-        whole = stopwatch.call(unet)
+        whole, plain = stopwatch.call(unet), copy.deepcopy(unet)
         loss = DenoisingLoss(
             run.source(recipe.data), run.text, run.schedule, recipe.training.batch_size, recipe.caption_dropout
         )
@@ -53,8 +54,10 @@ def search_architecture(path: Path, work: Path, device: torch.device, steps: int
         with optional_blocks(unet, removable) as blocks:
             trainer = _robust_training(run, recipe, unet, blocks, state, loss, told, steps)
             while not state.done:
+                _, saved = stopwatch.compare(whole, stopwatch.call(with_repeats(plain, state.repeats)))
                 with trainer.averaged():
-                    _round(state, recipe.search, _Scorer(preview, unet, run.dtype, blocks, wanted), repeatable, target)
+                    scorer = _Scorer(preview, unet, run.dtype, blocks, wanted)
+                    _round(state, recipe.search, scorer, repeatable, state.table.whole - saved, target)
                 state.write(run.folder / STATE_FILE)
                 trainer = _robust_training(run, recipe, unet, blocks, state, loss, told, steps)
             weights = {plain_name(name): value for name, value in trainer.ema_state().items()}
@@ -62,7 +65,7 @@ def search_architecture(path: Path, work: Path, device: torch.device, steps: int
         found = with_repeats(unet, state.repeats)
         was, saved = stopwatch.compare(whole, stopwatch.call(found))
     facts = told | run_record(run.folder, trainer.config, device) | {"search": asdict(state)}
-    facts |= {"milliseconds": {"whole": was, "found": was - saved, "by the table": state.milliseconds}}
+    facts |= {"milliseconds": {"whole": was, "found": was - saved, "by the table": state.table.of(state.repeats)}}
     return run.write(found, facts)
 
 
@@ -119,13 +122,20 @@ class _Scorer:
             )
 
 
-def _round(state: SearchState, wanted: Search, score: _Scorer, repeatable: Sequence[str], target: float) -> None:
+def _round(
+    state: SearchState,
+    wanted: Search,
+    score: _Scorer,
+    repeatable: Sequence[str],
+    milliseconds: float,
+    target: float,
+) -> None:
     active = [path for path in score.blocks if path not in state.left_out]
     with Progress() as progress:
         bar = progress.add_task(f"round {len(state.rounds) + 1}", total=len(active))
         if not state.rounds:
             state.whole_score = score(active)
         evolve_once(
-            state, score, active, repeatable, target, wanted.saving * state.table.whole, wanted.additions,
-            lambda done: progress.advance(bar, done),
+            state, score, active, repeatable, milliseconds, target, wanted.saving * state.table.whole,
+            wanted.additions, lambda done: progress.advance(bar, done),
         )  # fmt: skip

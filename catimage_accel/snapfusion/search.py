@@ -1,8 +1,9 @@
 """The search for an efficient UNet: evolution by actions "remove or add block (stage, index)" under a latency target.
 
 SnapFusion (arXiv 2306.00980), section 3.1: a block's value is the score lost without it per millisecond that it takes.
-Blocks of least value go until the target is met; what is then left of it may be spent on second copies of those of
-most. Between rounds the network, still trained robustly, gets used to what it has lost.
+Blocks of least value go until the target is met; what is then left of it may be spent on blocks of most value, on one
+that was left out or on a second copy. Between rounds the network, still trained robustly, gets used to what it has
+lost.
 """
 
 from __future__ import annotations
@@ -56,10 +57,6 @@ class SearchState:
         """The architecture found so far: path -> copies, 1 where absent."""
         return dict.fromkeys(self.left_out, 0) | dict.fromkeys(self.copied, 2)
 
-    @property
-    def milliseconds(self) -> float:
-        return self.table.of(self.repeats)
-
     def write(self, path: Path) -> None:
         write_atomic(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
@@ -106,6 +103,7 @@ def evolve_once(
     score: Score,
     active: Sequence[str],
     repeatable: Sequence[str],
+    milliseconds: float,
     target: float,
     saving: float,
     additions: int,
@@ -113,28 +111,38 @@ def evolve_once(
 ) -> None:
     """One round: values every active block, then removes or adds. Sets ``state.done`` when nothing is left to do.
 
-    Removes blocks of least value until ``saving`` milliseconds are saved or ``target`` is met. Once it is met, blocks
-    of most value get a second copy, as long as the target holds and at most ``additions`` of them.
+    ``milliseconds`` is what the network takes as it is, measured: blocks left out together save somewhat else than
+    the sum of what each saves alone. Removes blocks of least value until ``saving`` milliseconds are saved or
+    ``target`` should be met. If it is met already, blocks of most value, those left out at what they were worth then,
+    are added: what was left out comes back, what is there gets a second copy, as long as the target holds and at most
+    ``additions`` of them.
     """
     whole, lost, value = block_values(score, active, state.table, advance)
-    before, chosen = state.milliseconds, []
-    if before > target:
+    cost, chosen, after = state.table.blocks, [], milliseconds
+    if milliseconds > target:
         for path in sorted(active, key=lambda one: value[one]):
-            if state.milliseconds <= target or before - state.milliseconds >= saving:
+            if after <= target or milliseconds - after >= saving:
                 break
-            if state.table.blocks[path] > 0:
+            if cost[path] > 0:
                 state.left_out.append(path)
+                after -= cost[path]
                 chosen.append({"action": "remove", "block": path, "value": value[path], "lost": lost[path]})
-    if state.milliseconds <= target:
-        for path in sorted(set(repeatable) & set(active) - set(state.left_out), key=lambda one: -value[one]):
-            fits = state.milliseconds + state.table.blocks[path] <= target
-            if len(state.copied) < additions and value[path] > 0 and fits:
-                state.copied.append(path)
-                chosen.append({"action": "add", "block": path, "value": value[path], "lost": lost[path]})
+        if not chosen:
+            raise UnreachableTarget(
+                f"the target is {target:.2f} ms, but none of the blocks left saves any time: {milliseconds:.2f} ms"
+            )
+    else:
+        worth = {one["block"]: one["value"] for past in state.rounds for one in past["actions"]}
+        worth = {path: worth[path] for path in state.left_out}
+        worth |= {path: value[path] for path in active if path in repeatable}
+        for path in sorted(worth, key=lambda one: -worth[one]):
+            if len(chosen) < additions and worth[path] > 0 and after + cost[path] <= target:
+                after += cost[path]
+                if path in state.left_out:
+                    state.left_out.remove(path)
+                else:
+                    state.copied.append(path)
+                chosen.append({"action": "add", "block": path, "value": worth[path], "lost": lost.get(path)})
         state.done = True
-    elif not chosen:
-        raise UnreachableTarget(
-            f"the target is {target:.2f} ms, but of the blocks left none saves any time: {state.milliseconds:.2f} ms"
-        )
     values = {path: round(one, 6) for path, one in value.items()}
-    state.rounds.append({"score": whole, "milliseconds": before, "actions": chosen, "values": values})
+    state.rounds.append({"score": whole, "milliseconds": milliseconds, "actions": chosen, "values": values})

@@ -17,9 +17,9 @@ from torch import nn
 
 from catimage_accel.training.config import TrainConfig
 from catimage_accel.training.loop import Trainer
+from catimage_accel.training.record import write_record
 from catimage_accel.zoo.scenes import SceneSpec, lay_out
 from catimage_accel.zoo.training.judge import patch_labels
-from catimage_accel.training.record import write_record
 from catimage_accel.zoo.training.parts import train_part
 
 CONFIG = TrainConfig(steps=40, batch_size=8, learning_rate=0.3, warmup=1, checkpoint_every=10, log_every=5)

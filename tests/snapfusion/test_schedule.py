@@ -1,0 +1,59 @@
+"""The noise schedule and DDIM's update are diffusers'."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_stable_diffusion
+from diffusers import DDIMScheduler
+
+from catimage_accel.snapfusion.schedule import END, VelocitySchedule, clean_from, ddim_step
+
+
+@pytest.fixture(scope="module", params=["trailing", "leading"])
+def folder(request: pytest.FixtureRequest, tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose few steps start at the noisiest timestep, or one step short of it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    shutil.copytree(tiny_sd_folder / "scheduler", folder / "scheduler")
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", timestep_spacing=request.param)
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8, 50])
+def test_a_trajectory_is_that_of_diffusers(folder: Path, steps: int) -> None:
+    schedule = VelocitySchedule.of_model(folder)
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(steps)
+    grid = schedule.grid(steps)
+    assert grid.tolist() == [*scheduler.timesteps.tolist(), END]
+    ours = theirs = torch.randn(2, 4, 8, 8)
+    for now in scheduler.timesteps:
+        velocity = torch.sin(theirs) + now / 1000
+        theirs = scheduler.step(velocity, int(now), theirs).prev_sample
+        following = int(now) - 1000 // steps
+        after = torch.tensor([following if following >= 0 else END])
+        velocity = torch.sin(ours) + now / 1000
+        ours = ddim_step(ours, velocity, schedule.rates(now.view(1)), schedule.rates(after))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_true_velocity_leads_from_any_timestep_to_any_other(tiny_sd_folder: Path) -> None:
+    schedule = VelocitySchedule.of_model(tiny_sd_folder)
+    clean, noise = torch.randn(2, 1, 4, 8, 8)
+    for now, after in pairwise([999, 700, 61, END]):
+        here, there = (schedule.rates(torch.tensor([at])) for at in (now, after))
+        sample, velocity = here[0] * clean + here[1] * noise, here[0] * noise - here[1] * clean
+        torch.testing.assert_close(clean_from(sample, velocity, *here), clean, rtol=1e-4, atol=1e-5)
+        expected = there[0] * clean + there[1] * noise
+        torch.testing.assert_close(ddim_step(sample, velocity, here, there), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_predicts_noise_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    tiny_stable_diffusion("epsilon").scheduler.save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(ValueError, match=r"'epsilon'; accepted: v_prediction.*catimage distill finetune"):
+        VelocitySchedule.of_model(tmp_path)
