@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import AutoencoderKL
+# A pipeline folder names this module; diffusers looks in it for the base class that tells how to load the class named.
+from diffusers import AutoencoderKL, ModelMixin  # noqa: F401
 from diffusers.models.autoencoders.vae import Decoder
 
 from catimage_accel.extended_config import extends_config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,10 @@ def search_architecture(path: Path, work: Path, device: torch.device, steps: int
         target = state.table.whole / wanted.speedup
         check_target(state.table, target, removable)
         whole, plain = stopwatch.call(unet), copy.deepcopy(unet)
+
+        def measure(repeats: Mapping[str, int]) -> float:
+            return state.table.whole / stopwatch.compare(whole, stopwatch.call(with_repeats(plain, repeats)))[1]
+
         loss = DenoisingLoss(
             run.source(recipe.data), run.text, run.schedule, recipe.training.batch_size, recipe.caption_dropout
         )
@@ -54,18 +58,17 @@ def search_architecture(path: Path, work: Path, device: torch.device, steps: int
         with optional_blocks(unet, removable) as blocks:
             trainer = _robust_training(run, recipe, unet, blocks, state, loss, told, steps)
             while not state.done:
-                _, saved = stopwatch.compare(whole, stopwatch.call(with_repeats(plain, state.repeats)))
                 with trainer.averaged():
                     scorer = _Scorer(preview, unet, run.dtype, blocks, wanted)
-                    _round(state, recipe.search, scorer, repeatable, state.table.whole - saved, target)
+                    _round(state, recipe.search, scorer, repeatable, measure, target)
                 state.write(run.folder / STATE_FILE)
                 trainer = _robust_training(run, recipe, unet, blocks, state, loss, told, steps)
             weights = {plain_name(name): value for name, value in trainer.ema_state().items()}
         unet.float().load_state_dict(weights)
         found = with_repeats(unet, state.repeats)
-        was, saved = stopwatch.compare(whole, stopwatch.call(found))
+        milliseconds, faster = stopwatch.compare(whole, stopwatch.call(found))
     facts = told | run_record(run.folder, trainer.config, device) | {"search": asdict(state)}
-    facts |= {"milliseconds": {"whole": was, "found": was - saved, "by the table": state.table.of(state.repeats)}}
+    facts |= {"milliseconds": milliseconds, "times as fast": faster}
     return run.write(found, facts)
 
 
@@ -127,7 +130,7 @@ def _round(
     wanted: Search,
     score: _Scorer,
     repeatable: Sequence[str],
-    milliseconds: float,
+    measure: Callable[[Mapping[str, int]], float],
     target: float,
 ) -> None:
     active = [path for path in score.blocks if path not in state.left_out]
@@ -136,6 +139,6 @@ def _round(
         if not state.rounds:
             state.whole_score = score(active)
         evolve_once(
-            state, score, active, repeatable, milliseconds, target, wanted.saving * state.table.whole,
+            state, score, active, repeatable, measure, target, wanted.saving * state.table.whole,
             wanted.additions, lambda done: progress.advance(bar, done),
         )  # fmt: skip

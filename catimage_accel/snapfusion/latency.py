@@ -18,7 +18,7 @@ from catimage_accel.efficient_unet import with_repeats
 from catimage_accel.engines import Engine, LoadedEngines
 from catimage_accel.engines.cache import EngineCache
 
-ROUNDS = 15
+ROUNDS = 21
 WARMUP = 2
 SHARED_PARTS = ("tokenizer", "text_encoder", "vae", "scheduler", "model_index.json")
 
@@ -69,7 +69,10 @@ class Stopwatch:
         return _one_call(engine, self.rows)
 
     def compare(self, first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
-        """(milliseconds of ``first``, by how many ``second`` is shorter): medians over rounds, in changing order."""
+        """(milliseconds of ``first``, how many times as fast ``second`` is): medians over rounds, in changing order.
+
+        The ratio is taken within each round, so that what slows the machine down for a while slows both.
+        """
         calls = [first, second]
         for call in calls * WARMUP:
             self._time(call)
@@ -79,7 +82,7 @@ class Stopwatch:
             for index in order.sample([0, 1], 2):
                 taken[index] = self._time(calls[index])
             rounds.append(taken)
-        return statistics.median(one for one, _ in rounds), statistics.median(one - other for one, other in rounds)
+        return statistics.median(one for one, _ in rounds), statistics.median(one / other for one, other in rounds)
 
     def _time(self, call: Callable[[], object]) -> float:
         if self.device.type == "cuda":
@@ -101,14 +104,14 @@ def measure_latencies(
     from catimage_accel.profiling import profiled_device
 
     whole = stopwatch.call(unet)
-    wholes, blocks = [], {}
+    wholes, faster = [], {}
     for path in paths:
-        milliseconds, saved = stopwatch.compare(whole, stopwatch.call(with_repeats(unet, {path: 0})))
+        milliseconds, faster[path] = stopwatch.compare(whole, stopwatch.call(with_repeats(unet, {path: 0})))
         wholes.append(milliseconds)
-        blocks[path] = max(saved, 0.0)
         advance(1)
-    device = profiled_device(stopwatch.device)
-    return LatencyTable(stopwatch.engine, device, stopwatch.rows, statistics.median(wholes), blocks)
+    middle = statistics.median(wholes)
+    blocks = {path: max(middle - middle / ratio, 0.0) for path, ratio in faster.items()}
+    return LatencyTable(stopwatch.engine, profiled_device(stopwatch.device), stopwatch.rows, middle, blocks)
 
 
 def _one_call(engine: Engine, rows: int) -> Callable[[], object]:

@@ -103,7 +103,7 @@ def evolve_once(
     score: Score,
     active: Sequence[str],
     repeatable: Sequence[str],
-    milliseconds: float,
+    measure: Callable[[Mapping[str, int]], float],
     target: float,
     saving: float,
     additions: int,
@@ -111,13 +111,14 @@ def evolve_once(
 ) -> None:
     """One round: values every active block, then removes or adds. Sets ``state.done`` when nothing is left to do.
 
-    ``milliseconds`` is what the network takes as it is, measured: blocks left out together save somewhat else than
-    the sum of what each saves alone. Removes blocks of least value until ``saving`` milliseconds are saved or
+    ``measure`` gives the milliseconds of an architecture: blocks left out together save something else than the sum of
+    what each saves alone. Removes blocks of least value until ``saving`` milliseconds are saved or
     ``target`` should be met. If it is met already, blocks of most value, those left out at what they were worth then,
     are added: what was left out comes back, what is there gets a second copy, as long as the target holds and at most
     ``additions`` of them.
     """
     whole, lost, value = block_values(score, active, state.table, advance)
+    milliseconds = measure(state.repeats)
     cost, chosen, after = state.table.blocks, [], milliseconds
     if milliseconds > target:
         for path in sorted(active, key=lambda one: value[one]):
@@ -136,13 +137,17 @@ def evolve_once(
         worth = {path: worth[path] for path in state.left_out}
         worth |= {path: value[path] for path in active if path in repeatable}
         for path in sorted(worth, key=lambda one: -worth[one]):
-            if len(chosen) < additions and worth[path] > 0 and after + cost[path] <= target:
-                after += cost[path]
-                if path in state.left_out:
-                    state.left_out.remove(path)
-                else:
-                    state.copied.append(path)
-                chosen.append({"action": "add", "block": path, "value": worth[path], "lost": lost.get(path)})
+            if len(chosen) == additions or worth[path] <= 0 or after + cost[path] > target:
+                continue
+            copies = 1 if path in state.left_out else 2
+            if (grown := measure(state.repeats | {path: copies})) > target:
+                continue
+            after = grown
+            if copies == 1:
+                state.left_out.remove(path)
+            else:
+                state.copied.append(path)
+            chosen.append({"action": "add", "block": path, "value": worth[path], "lost": lost.get(path)})
         state.done = True
     values = {path: round(one, 6) for path, one in value.items()}
     state.rounds.append({"score": whole, "milliseconds": milliseconds, "actions": chosen, "values": values})
