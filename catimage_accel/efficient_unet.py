@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
 # A pipeline folder names this module; diffusers looks in it for the base class that tells how to load the class named.
 from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401
 from torch import Tensor, nn

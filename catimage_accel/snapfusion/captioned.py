@@ -91,7 +91,7 @@ def _encode(files: list[Path], model: Path, size: int, device: torch.device) -> 
     for start in track(range(0, len(files), ENCODE_BATCH), f"encoding {len(files)} pictures"):
         pixels = torch.stack([_pixels(file, size) for file in files[start : start + ENCODE_BATCH]]).to(device)
         parts.append((vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).to("cpu", torch.bfloat16))
-    return torch.cat(parts)
+    return torch.cat(parts).contiguous()
 
 
 def _pixels(file: Path, size: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from catimage_accel.snapfusion.losses import Denoiser, DenoisingLoss, StepLoss, denoiser_of
+from catimage_accel.snapfusion.losses import Denoiser, DenoisingLoss, StepLoss, check_steps, denoiser_of
 from catimage_accel.snapfusion.recipes import FinetuneRecipe, StepsRecipe, read_recipe
 from catimage_accel.snapfusion.run import Run
 from catimage_accel.training.loop import Trainer
@@ -40,6 +40,7 @@ def finetune(path: Path, work: Path, device: torch.device, steps: int | None = N
 def distill_steps(path: Path, work: Path, device: torch.device, steps: int | None = None) -> Path:
     """Teach recipe ``path``'s student to take fewer steps than its teacher; otherwise as ``finetune``."""
     recipe = read_recipe(path, StepsRecipe)
+    check_steps(recipe.teacher_steps, recipe.student_steps)
     run = Run(path, work, device, recipe.model, recipe.training.precision)
     student = run.unet(recipe.student)
     low, high = recipe.guidance

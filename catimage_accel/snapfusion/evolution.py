@@ -52,9 +52,7 @@ def search_architecture(path: Path, work: Path, device: torch.device, steps: int
         loss = DenoisingLoss(
             run.source(recipe.data), run.text, run.schedule, recipe.training.batch_size, recipe.caption_dropout
         )
-        preview = run.preview(
-            Validation(number=wanted.prompts, judge=wanted.judge, guidance_scale=wanted.guidance_scale)
-        )
+        preview = run.preview(Validation(prompts=wanted.prompt_file, number=wanted.prompts, judge=wanted.judge))
         with optional_blocks(unet, removable) as blocks:
             trainer = _robust_training(run, recipe, unet, blocks, state, loss, told, steps)
             while not state.done:

@@ -84,11 +84,7 @@ class StepLoss:
     caption_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.teacher_steps % self.student_steps or self.teacher_steps == self.student_steps:
-            raise ValueError(
-                f"teacher_steps is {self.teacher_steps}; accepted: a multiple of student_steps ({self.student_steps}), "
-                f"{2 * self.student_steps} as a rule"
-            )
+        check_steps(self.teacher_steps, self.student_steps)
         self._grid = self.schedule.grid(self.student_steps)
 
     def __call__(self, student: Denoiser, generator: torch.Generator) -> Tensor:
@@ -128,6 +124,15 @@ class StepLoss:
             sample, timestep, here = ddim_step(sample, velocity, here, there), following, there
         ratio = here[1] / rates[1]
         return (sample - ratio * noisy) / (here[0] - ratio * rates[0])
+
+
+def check_steps(teacher_steps: int, student_steps: int) -> None:
+    """ValueError unless a teacher's ``teacher_steps`` are a multiple of a student's ``student_steps``."""
+    if teacher_steps % student_steps or teacher_steps == student_steps:
+        raise ValueError(
+            f"teacher_steps is {teacher_steps}; accepted: a multiple of student_steps ({student_steps}), "
+            f"{2 * student_steps} as a rule"
+        )
 
 
 def _unguided(model: Denoiser, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,13 +94,15 @@ class Search(Strict):
     """How the architecture is searched for.
 
     ``speedup`` is the target: the whole UNet's latency over the found one's, at ``rows`` rows on ``engine``.
-    Each round values all actions on ``prompts`` prompts drawn in ``steps`` DPM-Solver++ steps and takes those that
-    save ``saving`` of the whole latency; then ``steps_between`` more steps of robust training follow.
+    Each round values all actions on the first ``prompts`` of ``prompt_file`` (a text file, a prompt a line, or "emoji")
+    drawn in ``steps`` DDIM steps, and takes those that save ``saving`` of the whole latency; then ``steps_between``
+    more steps of robust training follow. Where the target leaves room, up to ``additions`` blocks are added at last.
     """
 
     speedup: Annotated[float, Field(gt=1, le=100)]
     engine: Text = "eager"
     rows: Count = 8
+    prompt_file: Text = BUILT_IN
     prompts: Count = 64
     steps: Count = 8
     guidance_scale: Scale = 4.0

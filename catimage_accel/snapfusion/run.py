@@ -98,6 +98,7 @@ class Run:
 
         ValueError if it is none for this model, or needs more than a prompt.
         """
+        _ = self.schedule  # a model that does not predict v is told before anything is loaded
         unet = load_unet(*self.unet_folder(name), torch.float32).requires_grad_(True).train()
         channels = self.vae.config.latent_channels
         if unet.config.in_channels != channels or unet.config.out_channels != channels:

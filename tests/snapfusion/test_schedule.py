@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_stable_diffusion
 from diffusers import DDIMScheduler
 
 from catimage_accel.snapfusion.schedule import END, VelocitySchedule, clean_from, ddim_step
@@ -54,6 +53,6 @@ def test_the_true_velocity_leads_from_any_timestep_to_any_other(tiny_sd_folder: 
 
 
 def test_a_model_that_predicts_noise_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    tiny_stable_diffusion("epsilon").scheduler.save_pretrained(tmp_path / "scheduler")
+    DDIMScheduler(prediction_type="epsilon").save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ValueError, match=r"'epsilon'; accepted: v_prediction.*catimage distill finetune"):
         VelocitySchedule.of_model(tmp_path)

@@ -1,0 +1,119 @@
+"""The recipes run unchanged on a model of Stable Diffusion 1.5's shape: fine-tuning, then fewer steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from catimage_accel.snapfusion import distill
+from catimage_accel.snapfusion.distill import distill_steps, finetune
+from catimage_accel.snapfusion.losses import StepLoss
+
+CPU = torch.device("cpu")
+Recipe = Callable[..., Path]
+FEWER = {"teacher_steps": 4, "student_steps": 2, "guidance": [2.0, 5.0], "cfg_probability": 0.5}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_fine_tuning_then_two_steps_for_four(recipe: Recipe, tmp_path: Path) -> None:
+    work, validation = tmp_path / "work", {"every": 2, "prompts": "words.txt", "number": 3, "judge": "judge"}
+    (tmp_path / "words.txt").write_text("a dog\n\ntwo cats\na bee\na star\n")
+    first = finetune(recipe("tuned", teacher_weight=0.5, validation=validation), work, CPU)
+    assert first == work / "tuned" / "unet"
+    path = recipe("fewer", student="run:tuned", teacher="run:tuned", validation=validation, **FEWER)
+    second = distill_steps(path, work, CPU)
+    before, after = weights(first), weights(second)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    record = json.loads((work / "fewer" / "run.json").read_text())
+    assert (record["teacher_steps"], record["student"], record["config"]["steps"]) == (4, "run:tuned", 3)
+    assert [step for step, _ in record["clip_scores"]] == [2, 3]
+    assert Image.open(work / "fewer" / "validation" / "step-000003.png").size == (3 * 64, 64)
+    unet = UNet2DConditionModel.from_pretrained(second)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", unet=unet, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a dog", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe("fewer", **FEWER)
+    whole = weights(distill_steps(path, tmp_path / "whole", CPU))
+    calls = []
+
+    class Stopped(StepLoss):
+        def __call__(self, *given):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().__call__(*given)
+
+    monkeypatch.setattr(distill, "StepLoss", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        distill_steps(path, tmp_path / "cut", CPU)
+    assert not (tmp_path / "cut" / "fewer" / "unet").exists()
+    resumed = weights(distill_steps(path, tmp_path / "cut", CPU))
+    assert len(calls) == 4
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_another_recipe_of_the_same_name_does_not_go_on(recipe: Recipe, tmp_path: Path) -> None:
+    distill_steps(recipe("fewer", **FEWER), tmp_path / "work", CPU)
+    before = weights(tmp_path / "work" / "fewer" / "unet")
+    with pytest.raises(ValueError, match=r"cfg_probability = 0\.5, this run has 0\.1"):
+        distill_steps(recipe("fewer", **(FEWER | {"cfg_probability": 0.1})), tmp_path / "work", CPU)
+    after = weights(tmp_path / "work" / "fewer" / "unet")
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def epsilon(model: Path) -> None:
+    DDIMScheduler(prediction_type="epsilon").save_pretrained(model / "scheduler")
+
+
+def other_channels(model: Path) -> None:
+    config = json.loads((model / "unet" / "config.json").read_text())
+    UNet2DConditionModel.from_config(config | {"in_channels": 8, "out_channels": 8}).save_pretrained(model / "unet")
+
+
+def other_text(model: Path) -> None:
+    config = json.loads((model / "unet" / "config.json").read_text())
+    UNet2DConditionModel.from_config(config | {"cross_attention_dim": 48}).save_pretrained(model / "unet")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fields", "told"),
+    [
+        (epsilon, {}, r"prediction_type is 'epsilon'; accepted: v_prediction"),
+        (other_channels, {}, r"'unet' has 8 channels in and 8 out; accepted: 4"),
+        (other_text, {}, r"'unet' takes text of 48 features; .*text_encoder gives 32"),
+        (None, {"student": "run:nothing"}, r"'run:nothing' is no UNet: .*or run:NAME of a run"),
+        (None, {"model": "nowhere"}, r"model is 'nowhere', but .* is no diffusers folder"),
+        (None, {"teacher_steps": 3}, r"teacher_steps is 3; accepted: a multiple of student_steps \(2\)"),
+    ],
+    ids=["it predicts noise", "other latents", "other text", "no such run", "no model", "steps that do not divide"],
+)
+def test_what_does_not_fit_is_told_before_anything_is_trained(
+    recipe: Recipe, tmp_path: Path, spoil: Callable[[Path], None] | None, fields: dict, told: str
+) -> None:
+    path = recipe("fewer", **(FEWER | fields))
+    if spoil is not None:
+        spoil(tmp_path / "model")
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        distill_steps(path, tmp_path / "work", CPU)
+    assert not (tmp_path / "work" / "fewer").exists()
