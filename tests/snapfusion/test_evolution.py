@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from catimage_accel.efficient_unet import EfficientUNet
-from catimage_accel.snapfusion import latency
 from catimage_accel.snapfusion.distill import finetune
 from catimage_accel.snapfusion.evolution import search_architecture
+from catimage_accel.snapfusion.latency import Stopwatch
 from catimage_accel.snapfusion.search import UnreachableTarget
 
 CPU = torch.device("cpu")
@@ -21,8 +21,17 @@ SEARCH = {"speedup": 1.2, "rows": 1, "prompts": 2, "steps": 1, "steps_between": 
 
 @pytest.fixture
 def thin(recipe: Callable[..., Path], tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Writes the recipe of a search that takes next to no time."""
-    monkeypatch.setattr(latency, "ROUNDS", 3)
+    """Writes a search's recipe. A network runs once on its engine, and is said to take as long as it has weights."""
+    weights, run = {}, Stopwatch.call
+
+    def call(self: Stopwatch, unet: torch.nn.Module) -> Callable[[], object]:
+        made = run(self, unet)
+        made()
+        weights[made] = sum(p.numel() for p in unet.parameters())
+        return made
+
+    monkeypatch.setattr(Stopwatch, "call", call)
+    monkeypatch.setattr(Stopwatch, "compare", lambda self, one, other: (10.0, weights[one] / weights[other]))
     (tmp_path / "words.txt").write_text("a dog\ntwo cats\n")
 
     def write(**changes: float) -> Path:
