@@ -135,7 +135,7 @@ class _RecordingEngine:
             self._recorder.error = self._recorder.error or error
             raise
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, vae: str = OWN_VAE) -> Tensor:
         # Nobody looks at the pictures.
         return latents.new_zeros(len(latents), 3, 1, 1)
 

@@ -11,8 +11,10 @@ from pydantic import Field
 from catimage_accel.storage import Strict, validated
 
 QUANTIZED_PRECISIONS = ("int8", "fp8")
+OWN_VAE = "vae"  # the subfolder of a model folder's own VAE
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80)]
+_Part = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 class _Options(Strict):
@@ -25,7 +27,8 @@ class CandidateFields(Strict):
     steps: Annotated[int, Field(ge=1, le=1000)]
     sampler: Literal["ddim", "euler", "dpmsolver++"]
     guidance_scale: Annotated[float, Field(ge=0, le=100)]
-    unet: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "unet"
+    unet: _Part = "unet"
+    vae: _Part = OWN_VAE
     engine: Literal[
         "auto", "eager", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "triton"
     ] = "auto"
@@ -39,7 +42,7 @@ class Candidate:
     """One way to turn a prompt into an image.
 
     ``model`` is a diffusers folder, relative to the catalog's folder or absolute, or a hub id; ``unet`` the subfolder
-    of it with this candidate's UNet. ``steps`` is 1 to 1000; ``guidance_scale`` 0 to 100, and up to 1 means none (one
+    of it with this candidate's UNet, ``vae`` the one with the VAE that decodes its latents. ``steps`` is 1 to 1000; ``guidance_scale`` 0 to 100, and up to 1 means none (one
     UNet row an image). ``engine`` "auto" is the one measured fastest, "eager" where none was measured. ``precision``
     "int8" and "fp8" need ``quantization``, a folder that `catimage quantize` wrote, relative to the catalog's folder or
     absolute. ``options``: ``deepcache_interval`` (int, the UNet's deep features are recomputed every so many steps).
@@ -56,6 +59,7 @@ class Candidate:
     precision: str = "fp32"
     quantization: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    vae: str = OWN_VAE
 
     def __post_init__(self) -> None:
         values = {**{key: getattr(self, key) for key in CandidateFields.model_fields}, "options": dict(self.options)}
@@ -71,5 +75,5 @@ class Candidate:
 
     @property
     def weights(self) -> tuple[str, str, str, str | None]:
-        """What tells UNets apart: candidates that are equal in this share engines and batches."""
+        """What tells UNets apart: candidates that are equal in this share engines and batches, whatever decodes them."""
         return self.model, self.unet, self.precision, self.quantization

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import tomli_w
 from pydantic import Field
 
-from catimage_accel.candidate import Candidate, CandidateFields, Name
+from catimage_accel.candidate import OWN_VAE, Candidate, CandidateFields, Name
 from catimage_accel.costs import COST_NAMES, CostUnit, Milliseconds, ranked_engines
 from catimage_accel.storage import Strict, read_json, validated, verify_files, write_atomic, write_checksums
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BUILT_IN = "emoji"
 CATALOG_FILE, COSTS_FILE, QUALITY_FILE = "catalog.toml", "costs.json", "quality.parquet"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_OWN_VAE = ("vae", OWN_VAE)  # is not written, so that older versions read a catalog that names no other
 _HUB_FILES = ["*.json", "*.txt", "*.toml", "*.safetensors", "*.parquet", "*.model"]
 
 
@@ -111,8 +112,9 @@ class Catalog:
         for candidate in catalog.candidates:
             if not _HUB_ID.fullmatch(candidate.model) or (folder / candidate.model).is_dir():
                 catalog.resolve_model(candidate.model)
-                _require(folder / candidate.model / candidate.unet / "config.json", path, candidate.name, "unet",
-                         candidate.unet)  # fmt: skip
+                for part in ("unet", *(("vae",) if candidate.vae != OWN_VAE else ())):
+                    name = getattr(candidate, part)
+                    _require(folder / candidate.model / name / "config.json", path, candidate.name, part, name)
         if catalog.judge is not None and (not _HUB_ID.fullmatch(catalog.judge) or (folder / catalog.judge).is_dir()):
             _require(folder / catalog.judge / "config.json", path, catalog.name, "judge", catalog.judge)
         return catalog
@@ -227,7 +229,8 @@ class Catalog:
         header = {key: getattr(copy, key) for key in ("name", "metric", "judge", "tradeoff", "cost", "cost_device")}
         header = {key: value for key, value in header.items() if value not in (None, "gflop")}
         entries = [
-            {key: value for key, value in asdict(one).items() if value not in ({}, None)} for one in copy.candidates
+            {key: value for key, value in asdict(one).items() if value not in ({}, None) and (key, value) != _OWN_VAE}
+            for one in copy.candidates
         ]
         write_atomic(folder / CATALOG_FILE, tomli_w.dumps({**header, "candidate": entries}).encode())
         if copy.flops:

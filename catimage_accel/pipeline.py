@@ -275,7 +275,7 @@ class RoutedPipeline:
         """(channels, h, w) of a candidate's latents for an image size in pixels."""
         model = self.catalog.resolve_model(candidate.model)
         unet = read_config(model / candidate.unet / "config.json")
-        vae = read_config(model / "vae" / "config.json")
+        vae = read_config(model / candidate.vae / "config.json")
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         sides = []
         for name, pixels, own in zip(

@@ -27,22 +27,24 @@ def count_flops(catalog: Catalog, advance: Advance = lambda _: None) -> dict[str
     work): the text encoder and the cross-attention's keys and values once for the prompt and, with guidance, once for
     the empty prompt; the UNet once and multiplied by the steps, doubled with guidance; the decode.
     """
-    parts: dict[Path, tuple[int, int]] = {}
+    texts: dict[Path, int] = {}
+    decoders: dict[Path, int] = {}
     unets: dict[Path, tuple[int, int, int]] = {}
     flops = {}
     for candidate in catalog.candidates:
         model = catalog.resolve_model(candidate.model)
-        if model not in parts:
-            parts[model] = _text_flops(model), _decode_flops(model)
+        if model not in texts:
+            texts[model] = _text_flops(model)
+        if model / candidate.vae not in decoders:
+            decoders[model / candidate.vae] = _decode_flops(model, candidate.vae)
         if model / candidate.unet not in unets:
             unets[model / candidate.unet] = _unet_flops(model, candidate.unet)
-        text, decode = parts[model]
         per_prompt, whole_step, outer_step = unets[model / candidate.unet]
         interval = candidate.options.get("deepcache_interval", 1)
         whole = -(-candidate.steps // interval)
         denoise = whole * whole_step + (candidate.steps - whole) * outer_step
         rows = 2 if candidate.guidance_scale > 1 else 1
-        flops[candidate.name] = rows * (text + per_prompt + denoise) + decode
+        flops[candidate.name] = rows * (texts[model] + per_prompt + denoise) + decoders[model / candidate.vae]
         advance(1)
     return flops
 
@@ -76,11 +78,11 @@ def _text_flops(model: Path) -> int:
         return _count(encoder, tokens).get_total_flops()
 
 
-def _decode_flops(model: Path) -> int:
+def _decode_flops(model: Path, name: str) -> int:
     size = latent_size(read_config(model / "unet" / "config.json"))
     with torch.device("meta"):
-        kind = model_class(model, "vae")
-        vae = kind.from_config(kind.load_config(model / "vae")).eval()
+        kind = model_class(model, name)
+        vae = kind.from_config(kind.load_config(model / name)).eval()
         latents = torch.zeros(1, vae.config.latent_channels, *size)
         return _count(vae.decode, latents).get_total_flops()
 
@@ -122,14 +124,15 @@ def time_candidates(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds an image, [candidate][batch size], text encoding and decode included.
 
-    Each set of weights is timed at two small numbers of steps, the better of two runs, and the time of a candidate's
+    Each set of weights, with each decoder, is timed at two small numbers of steps, the better of two runs, and the time of a candidate's
     own steps is read off the line through both.
     """
     measured: dict[tuple[Any, ...], dict[int, tuple[float, float, int, int]]] = {}
     found: dict[str, dict[str, float]] = {}
     for candidate in catalog.candidates:
         alike = (
-            candidate.weights, candidate.engine, candidate.guidance_scale > 1, tuple(sorted(candidate.options.items())),
+            candidate.weights, candidate.vae, candidate.engine, candidate.guidance_scale > 1,
+            tuple(sorted(candidate.options.items())),
         )  # fmt: skip
         if alike not in measured:
             interval = candidate.options.get("deepcache_interval", 1)

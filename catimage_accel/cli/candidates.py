@@ -25,7 +25,8 @@ def list_candidates(
         qualities = dict(zip(scores.candidates, scores.mean_scores.tolist(), strict=True))
     rows: list[dict[str, Any]] = [
         {
-            "name": candidate.name, "model": candidate.model, "unet": candidate.unet, "steps": candidate.steps,
+            "name": candidate.name, "model": candidate.model, "unet": candidate.unet, "vae": candidate.vae,
+            "steps": candidate.steps,
             "sampler": candidate.sampler, "guidance_scale": candidate.guidance_scale, "engine": candidate.engine,
             "precision": candidate.precision, "options": dict(candidate.options),
             "gflop": loaded.flops[candidate.name] / 1e9 if candidate.name in loaded.flops else None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from catimage_accel.candidate import OWN_VAE
 from catimage_accel.engines.loading import read_config
 from catimage_accel.quantize.quantization import Quantization, weights_sha256
 
@@ -21,8 +22,9 @@ class Component:
     """One graph of a model folder.
 
     ``name`` is "unet", "unet-deep" (also gives the input of the last up block, DeepCache's features), "unet-shallow"
-    (takes those features and runs the outermost blocks only) or "vae_decoder". ``unet`` is the UNet's subfolder;
-    ``quantization`` the folder with the scales of an "int8" or "fp8" UNet, None for other precisions.
+    (takes those features and runs the outermost blocks only) or "vae_decoder". ``unet`` is the UNet's subfolder,
+    ``vae`` that of the decoder's VAE; ``quantization`` the folder with the scales of an "int8" or "fp8" UNet, None for
+    other precisions.
     """
 
     model: Path
@@ -30,6 +32,7 @@ class Component:
     unet: str = "unet"
     precision: str = "fp32"
     quantization: Path | None = None
+    vae: str = OWN_VAE
 
     def __post_init__(self) -> None:
         if self.name not in COMPONENTS:
@@ -38,7 +41,7 @@ class Component:
     @property
     def part(self) -> str:
         """The subfolder of ``model`` that it is made from."""
-        return "vae" if self.name == "vae_decoder" else self.unet
+        return self.vae if self.name == "vae_decoder" else self.unet
 
     @cached_property
     def model_sha256(self) -> str:

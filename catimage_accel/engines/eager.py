@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from catimage_accel.candidate import OWN_VAE
 from catimage_accel.engines.components import Component
 from catimage_accel.engines.deepcache import PARTS, UNetParts, denoise_with_deep_features
 from catimage_accel.engines.loading import (
@@ -20,6 +21,7 @@ from catimage_accel.engines.loading import (
     load_component,
     load_unet,
     load_vae,
+    read_config,
 )
 from catimage_accel.engines.protocol import DeepFeatures, KeyValue, TextBatch, TextState
 from catimage_accel.engines.text import CachedText
@@ -29,7 +31,7 @@ __all__ = ["EagerEngine", "SharedParts"]
 
 
 class SharedParts:
-    """Tokenizer, text encoder and decoder of one model folder, for all engines over UNets of that folder.
+    """Tokenizer, text encoder and decoders of one model folder, for all engines over UNets of that folder.
 
     Weights are in ``dtype``, except that a float16 decoder whose config says ``force_upcast`` is kept in float32.
     """
@@ -40,11 +42,8 @@ class SharedParts:
         self.model, self.dtype, self.device = model, dtype, device
         self.tokenizer = CLIPTokenizer.from_pretrained(str(model), subfolder="tokenizer", local_files_only=True)
         self.text_encoder = load_component(CLIPTextModel, model, "text_encoder", dtype).to(device)
-        vae = load_vae(model, dtype)
-        if dtype == torch.float16 and vae.config.force_upcast:
-            vae = vae.float()
-        self.vae = vae.to(device=device, memory_format=torch.channels_last)
-        self.scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.scale_factor: int = 2 ** (len(read_config(model / OWN_VAE / "config.json")["block_out_channels"]) - 1)
+        self._vaes: dict[str, Any] = {}
         self._hidden: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
     @torch.inference_mode()
@@ -58,13 +57,22 @@ class SharedParts:
             self._hidden.update(states)
         return [states[prompt] for prompt in prompts]
 
+    def vae(self, name: str = OWN_VAE) -> Any:
+        """The VAE in the subfolder ``name``, loaded at the first call; raises for weights that can't be read."""
+        if name not in self._vaes:
+            vae = load_vae(self.model, self.dtype, name)
+            if self.dtype == torch.float16 and vae.config.force_upcast:
+                vae = vae.float()
+            self._vaes[name] = vae.to(device=self.device, memory_format=torch.channels_last)
+        return self._vaes[name]
+
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (n, 3, height, width), float32 around [-1, 1], of latents (n, C, h, w)."""
-        vae = self.vae
-        latents = latents.float() / vae.config.scaling_factor
-        latents = latents.to(device=self.device, dtype=vae.dtype, memory_format=torch.channels_last)
-        return vae.decode(latents, return_dict=False)[0].float()
+    def decode(self, latents: Tensor, vae: str = OWN_VAE) -> Tensor:
+        """Images (n, 3, height, width), float32 around [-1, 1], of latents (n, C, h, w), by the VAE of that name."""
+        decoder = self.vae(vae)
+        latents = latents.float() / decoder.config.scaling_factor
+        latents = latents.to(device=self.device, dtype=decoder.dtype, memory_format=torch.channels_last)
+        return decoder.decode(latents, return_dict=False)[0].float()
 
     def _token_ids(self, prompts: list[str]) -> Tensor:
         limit = self.tokenizer.model_max_length
@@ -101,7 +109,7 @@ class EagerEngine:
         shared: SharedParts | None = None,
         quantization: Path | None = None,
     ) -> None:
-        """Loads ``model/unet`` and, unless ``shared`` is given, the other parts of ``model``.
+        """Loads ``model/unet`` and, unless ``shared`` is given, the other parts of ``model``; VAEs at the first decode.
 
         ``quantization`` is the folder with the scales of an "int8" or "fp8" UNet.
 
@@ -186,8 +194,8 @@ class EagerEngine:
             noise = self._forward(sample, timestep, text.hidden, added_cond_kwargs=added, return_dict=False)[0]
         return noise.to(dtype=torch.float32, memory_format=torch.contiguous_format)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.shared.decode(latents)
+    def decode(self, latents: Tensor, vae: str = OWN_VAE) -> Tensor:
+        return self.shared.decode(latents, vae)
 
     def _keys_values(self, hidden: Tensor) -> list[KeyValue]:
         return self._text.keys_values(self.unet.process_encoder_hidden_states(hidden, None))

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from catimage_accel.candidate import OWN_VAE
 from catimage_accel.engines.cache import CacheEntry, EngineCache
 from catimage_accel.engines.components import ShapeProfile
 from catimage_accel.engines.deepcache import deep_rows
@@ -26,7 +27,7 @@ _UNETS = ("unet", "unet-deep", "unet-shallow")
 
 
 class GraphEngine:
-    """A UNet and its decoder as graphs of a :class:`~.runner.Runtime`; the text encoder stays in PyTorch.
+    """A UNet and its decoders as graphs of a :class:`~.runner.Runtime`; the text encoder stays in PyTorch.
 
     Graphs take the text's last state, so a :class:`TextState` has no keys and values. Batches larger than the
     runtime's largest are run in pieces. What the runtime can't do while it runs (a size it was not built for, a build
@@ -88,9 +89,11 @@ class GraphEngine:
             self._try("unet-shallow", deep_features=self._try("unet-deep")["deep_features"])
             self._deepcache = True
 
-    def build(self, advance: Any = lambda _: None, *, deepcache: bool = False) -> list[CacheEntry]:
+    def build(
+        self, advance: Any = lambda _: None, *, deepcache: bool = False, vae: str = OWN_VAE
+    ) -> list[CacheEntry]:
         """Builds for all batch sizes now; ``advance`` is told what was built."""
-        names = [*(_UNETS if deepcache else _UNETS[:1]), "vae_decoder"]
+        names = [*(_UNETS if deepcache else _UNETS[:1]), self._decoder(vae)]
         return [entry for name in names for entry in self._runners[name].build(advance)]
 
     @torch.inference_mode()
@@ -127,16 +130,24 @@ class GraphEngine:
         return self._eager().denoise(sample, timestep, self._text_for_eager(text), added, deep=deep)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        name = "vae_decoder"
+    def decode(self, latents: Tensor, vae: str = OWN_VAE) -> Tensor:
+        name = self._decoder(vae)
         if name not in self._given_up and self._covers(latents):
-            scaled = latents.float() / self.shared.vae.config.scaling_factor
+            scaled = latents.float() / self.shared.vae(vae).config.scaling_factor
             try:
                 return self._run(name, {"latents": scaled.to(self.device)})["image"].float()
             except EngineUnavailable as error:
                 self._given_up.add(name)
-                tell_once(f"{self.name} has no decoder for {self._source[0]}: {error}; PyTorch decodes in its place")
-        return self.shared.decode(latents)
+                tell_once(f"{self.name} has no decoder for {self._source[0] / vae}: {error}; PyTorch decodes in its place")
+        return self.shared.decode(latents, vae)
+
+    def _decoder(self, vae: str) -> str:
+        """The name of the runner that decodes with ``vae``; the runner is made at the first call."""
+        name = "vae_decoder" if vae == OWN_VAE else f"vae_decoder ({vae})"
+        if name not in self._runners:
+            decoder = components_of(*self._source, self.device, deepcache=False, vae=vae)[-1]
+            self._runners[name] = self.runtime.runner(decoder, self.profile, self._cache, self.device)
+        return name
 
     def _with_deep_features(self, inputs: dict[str, Tensor], deep: DeepFeatures) -> Tensor:
         """Rows at a refresh run the whole UNet, the others the outermost blocks with the features they have."""

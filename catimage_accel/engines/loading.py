@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from catimage_accel.candidate import QUANTIZED_PRECISIONS
+from catimage_accel.candidate import OWN_VAE, QUANTIZED_PRECISIONS
 
 __all__ = [
     "PRECISIONS", "check_model_folder", "check_precision", "latent_size", "load_component", "load_unet",
@@ -20,7 +20,8 @@ __all__ = [
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _WEIGHTS = {"text_encoder": "model"}
-_CLASSES = {"text_encoder": ("CLIPTextModel",), "vae": ("AutoencoderKL", "EfficientDecoderKL")}
+_TEXT_CLASSES = ("CLIPTextModel",)
+_VAE_CLASSES = ("AutoencoderKL", "EfficientDecoderKL")
 _UNET_CLASSES = ("UNet2DConditionModel", "EfficientUNet")
 # Class of a UNet or VAE -> the module that has it, imported when it is needed.
 _MODULES = {
@@ -43,10 +44,11 @@ def check_precision(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-def check_model_folder(model: Path, unet: str = "unet") -> None:
+def check_model_folder(model: Path, unet: str = "unet", vae: str = OWN_VAE) -> None:
     """Raises FileNotFoundError or ValueError, one line, for a folder that no engine here can run.
 
     Looks at names and configs only: the parts are there, of Stable Diffusion's classes, their weights as safetensors.
+    Another ``vae`` than the folder's own takes latents of the same channels and makes pictures of the same size of them.
     """
     if not model.is_dir():
         raise FileNotFoundError(f"{model} is not a folder; accepted: a diffusers model folder")
@@ -54,7 +56,7 @@ def check_model_folder(model: Path, unet: str = "unet") -> None:
         raise ValueError(f"{model} has a text_encoder_2; accepted: models of Stable Diffusion 1.x's and 2.x's layout")
     if not (model / "tokenizer").is_dir():
         raise FileNotFoundError(f"{model / 'tokenizer'} is missing; a diffusers model folder has one")
-    for part, classes in {**_CLASSES, unet: _UNET_CLASSES}.items():
+    for part, classes in {"text_encoder": _TEXT_CLASSES, vae: _VAE_CLASSES, unet: _UNET_CLASSES}.items():
         config = read_config(model / part / "config.json")
         found = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
         if found not in classes:
@@ -65,6 +67,13 @@ def check_model_folder(model: Path, unet: str = "unet") -> None:
                 "UNets without a guidance embedding"
             )
         _weight_variant(model / part, part)
+    if vae != OWN_VAE:
+        found, own = (_latents_of(model / name / "config.json") for name in (vae, OWN_VAE))
+        if found != own:
+            raise ValueError(
+                f"{model / vae / 'config.json'}: (latent_channels, pixels a latent) are {found}; accepted: {own}, as in "
+                f"{model / OWN_VAE}"
+            )
 
 
 def load_component(kind: Any, model: Path, part: str, dtype: torch.dtype) -> Any:
@@ -82,9 +91,9 @@ def load_unet(model: Path, name: str, dtype: torch.dtype) -> Any:
     return load_component(model_class(model, name), model, name, dtype)
 
 
-def load_vae(model: Path, dtype: torch.dtype) -> Any:
-    """The VAE of ``model``: diffusers' AutoencoderKL, or one with a narrower decoder."""
-    return load_component(model_class(model, "vae"), model, "vae", dtype)
+def load_vae(model: Path, dtype: torch.dtype, name: str = OWN_VAE) -> Any:
+    """The VAE in a subfolder of ``model``: diffusers' AutoencoderKL, or one with a narrower decoder."""
+    return load_component(model_class(model, name), model, name, dtype)
 
 
 def model_class(model: Path, part: str) -> Any:
@@ -113,6 +122,12 @@ def latent_size(unet_config: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width of the latents that a UNet was trained on, of its config's one or two numbers."""
     size = unet_config["sample_size"]
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _latents_of(path: Path) -> tuple[int, int]:
+    """(channels, pixels a latent along each side) of a VAE's config; diffusers' own where it doesn't say."""
+    config = read_config(path)
+    return config.get("latent_channels", 4), 2 ** (len(config.get("block_out_channels", (64,))) - 1)
 
 
 def _weight_variant(folder: Path, part: str) -> str | None:

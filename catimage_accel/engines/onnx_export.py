@@ -194,7 +194,7 @@ def _unet(component: Component, dtype: torch.dtype) -> tuple[nn.Module, list[Ten
 
 
 def _decoder(component: Component, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:
-    vae = load_vae(component.model, dtype)
+    vae = load_vae(component.model, dtype, component.vae)
     _normalize_in_float32(vae, dtype)
     return _Decoder(vae), [torch.zeros((2, vae.config.latent_channels, 5, 7), dtype=dtype)]
 

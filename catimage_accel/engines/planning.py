@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from catimage_accel.candidate import OWN_VAE
 from catimage_accel.engines.components import Component, ShapeProfile
 from catimage_accel.engines.loading import PRECISIONS, check_model_folder, check_precision, latent_size, read_config
 
@@ -21,22 +22,24 @@ def target_device(engine: str, device: torch.device) -> torch.device:
 
 
 def components_of(
-    model: Path, unet: str, precision: str, quantization: Path | None, target: torch.device, *, deepcache: bool
-) -> list[Component]:
-    """The UNet, with DeepCache its two parts as well, and the decoder, in the precisions that they have on ``target``.
+    model: Path, unet: str, precision: str, quantization: Path | None, target: torch.device, *, deepcache: bool,
+    vae: str = OWN_VAE,
+) -> list[Component]:  # fmt: skip
+    """The UNet, with DeepCache its two parts as well, and the decoder of ``vae``, in the precisions that they have on
+    ``target``.
 
     What is not quantized is float16 on CUDA and float32 elsewhere; a float16 decoder whose config says
     ``force_upcast`` is float32. Reads configs only; FileNotFoundError or ValueError for folders that can't be run.
     """
     dtype = check_precision(precision, target)
-    check_model_folder(model, unet)
-    if dtype == torch.float16 and read_config(model / "vae" / "config.json").get("force_upcast", True):
+    check_model_folder(model, unet, vae)
+    if dtype == torch.float16 and read_config(model / vae / "config.json").get("force_upcast", True):
         dtype = torch.float32
     decoder = next(name for name, found in PRECISIONS.items() if found == dtype)
     names = ("unet", "unet-deep", "unet-shallow") if deepcache else ("unet",)
     return [
         *(Component(model, name, unet, precision, quantization) for name in names),
-        Component(model, "vae_decoder", unet, decoder),
+        Component(model, "vae_decoder", unet, decoder, vae=vae),
     ]
 
 

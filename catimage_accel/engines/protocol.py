@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from catimage_accel.candidate import OWN_VAE
+
 __all__ = ["DeepFeatures", "Engine", "TextBatch", "TextState"]
 
 KeyValue = tuple[Tensor, Tensor]
@@ -67,7 +69,7 @@ class DeepFeatures:
 
 @runtime_checkable
 class Engine(Protocol):
-    """One set of UNet weights on one device, with the text encoder and decoder that go with it.
+    """One set of UNet weights on one device, with the text encoder and the decoders that go with it.
 
     An engine keeps no state between calls that shows in a result, and serves one thread at a time.
     """
@@ -103,6 +105,9 @@ class Engine(Protocol):
         """The UNet's output, float32 (rows, C, h, w), for ``sample`` (rows, C, h, w) and ``timestep`` (rows,)."""
         ...
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (n, 3, height, width), float32 around [-1, 1], of latents (n, C, h, w)."""
+    def decode(self, latents: Tensor, vae: str = OWN_VAE) -> Tensor:
+        """Images (n, 3, height, width), float32 around [-1, 1], of latents (n, C, h, w).
+
+        ``vae`` is the subfolder of the model with the VAE to decode them with.
+        """
         ...

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from catimage_accel.candidate import QUANTIZED_PRECISIONS
+from catimage_accel.candidate import OWN_VAE, QUANTIZED_PRECISIONS
 from catimage_accel.engines.cache import EngineCache
 from catimage_accel.engines.eager import SharedParts
 from catimage_accel.engines.graph import GraphEngine
@@ -55,7 +55,7 @@ def precisions_of(engine: str) -> tuple[str, ...]:
 
 
 class LoadedEngines:
-    """Loads each engine once; text encoder and decoder once a folder and type."""
+    """Loads each engine once; text encoder and decoders once a folder and type."""
 
     def __init__(self, device: torch.device, cache: EngineCache | None = None, *, fall_back: bool = True) -> None:
         """``cache`` is where built graphs are kept; None: the user's own, opened when one is asked for.
@@ -70,8 +70,9 @@ class LoadedEngines:
         self._shared: dict[tuple[Path, torch.dtype], SharedParts] = {}
 
     def check(
-        self, model: Path, unet: str, engines: Sequence[str], precision: str, quantization: Path | None = None
-    ) -> None:
+        self, model: Path, unet: str, engines: Sequence[str], precision: str, quantization: Path | None = None,
+        vae: str = OWN_VAE,
+    ) -> None:  # fmt: skip
         """Raises what :meth:`get` would, as far as that can be known without reading weights.
 
         ValueError for unknown engines, precisions that one of ``engines`` never runs, and quantized precisions without
@@ -82,7 +83,7 @@ class LoadedEngines:
             if precision not in accepted:
                 raise ValueError(f"precision is {precision!r} with engine {engine!r}; accepted: {', '.join(accepted)}")
         check_precision(precision, self.device)
-        check_model_folder(model, unet)
+        check_model_folder(model, unet, vae)
         if (precision in QUANTIZED_PRECISIONS) != (quantization is not None):
             raise ValueError(
                 f"precision is {precision!r} and quantization {quantization}; accepted: a folder that "
@@ -100,18 +101,22 @@ class LoadedEngines:
         quantization: Path | None = None,
         *,
         deepcache: bool = False,
+        vae: str = OWN_VAE,
     ) -> Engine:
         """The first of ``engines`` that works here, else the eager one; loaded, or built, at the first call.
 
-        ``deepcache``: it will be asked for deep features. One UserWarning a process for every engine and reason that
-        it could not be.
+        ``deepcache``: it will be asked for deep features. ``vae``: it will be asked to decode with that VAE, whose
+        weights are read now; the engine is the same for all of them. One UserWarning a process for every engine and
+        reason that it could not be.
         """
         model = model.resolve()
-        self.check(model, unet, engines, precision, quantization)
+        self.check(model, unet, engines, precision, quantization, vae)
         names = list(dict.fromkeys((*engines, *self._last)))
         for engine, following in zip(names, [*names[1:], None], strict=True):
             try:
-                return self._get(engine, model, unet, precision, quantization, deepcache)
+                found = self._get(engine, model, unet, precision, quantization, deepcache)
+                self._shared[model, found.dtype].vae(vae)
+                return found
             except EngineUnavailable as error:
                 if following is None:
                     raise

@@ -23,7 +23,7 @@ class Executor:
     """Draws jobs with step-level batching.
 
     Work is batched by the denoising step. Candidates that share UNet weights (model, ``unet``, engine, precision)
-    share batches, whatever their sampler, steps, guidance or DeepCache interval: every row has its own timestep and
+    share batches, whatever their sampler, steps, guidance, DeepCache interval or decoder: every row has its own timestep and
     coefficients. Between steps finished images leave and waiting jobs join. An image depends on its job only, beyond
     rounding: float32 latents are those of diffusers' pipeline with the sampler's scheduler to 1e-3.
 
@@ -73,8 +73,9 @@ class Executor:
         """Raises ValueError or FileNotFoundError for a candidate that can't be drawn; reads configs, no weights."""
         model = self._resolve_model(candidate.model)
         self._engines.check(
-            model, candidate.unet, self._rank_engines(candidate), candidate.precision, self._quantization(candidate)
-        )
+            model, candidate.unet, self._rank_engines(candidate), candidate.precision, self._quantization(candidate),
+            candidate.vae,
+        )  # fmt: skip
         check_guidance(candidate.guidance_scale)
         for option, value in candidate.options.items():
             if option != "deepcache_interval":
@@ -87,7 +88,7 @@ class Executor:
         """What draws the candidate, loaded on first use. Raises as :meth:`check` does, and for unreadable weights."""
         c = candidate
         key = (
-            c.model, c.unet, c.engine, c.precision, c.quantization, c.sampler, c.steps, c.guidance_scale,
+            c.model, c.unet, c.vae, c.engine, c.precision, c.quantization, c.sampler, c.steps, c.guidance_scale,
             repr(dict(c.options)),
         )  # fmt: skip
         if key not in self._prepared:
@@ -95,7 +96,7 @@ class Executor:
             model = self._resolve_model(candidate.model)
             engine = self._engines.get(
                 model, candidate.unet, self._rank_engines(candidate), candidate.precision,
-                self._quantization(candidate), deepcache="deepcache_interval" in candidate.options,
+                self._quantization(candidate), deepcache="deepcache_interval" in candidate.options, vae=candidate.vae,
             )  # fmt: skip
             self._prepared[key] = (engine, self._table(model, candidate))
         return self._prepared[key]

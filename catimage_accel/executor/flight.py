@@ -156,7 +156,8 @@ class Flight:
         hurry = not group.slots or group.steps_since_finish >= DECODE_PATIENCE
         if len(group.undecoded) >= DECODE_BATCH or (group.undecoded and hurry):
             slots, group.undecoded = group.undecoded, []
-            self._decode(group.engine, slots)
+            for vae in dict.fromkeys(slot.job.candidate.vae for slot in slots):
+                self._decode(group.engine, vae, [slot for slot in slots if slot.job.candidate.vae == vae])
 
     def _advance_one_by_one(self, group: _Group, error: Exception) -> None:
         """After a failed step: the same step for every slot by itself, so that only those at fault fail.
@@ -212,17 +213,17 @@ class Flight:
             with torch.inference_mode():
                 batch.sample[index] = replaced.to(batch.sample) / scale
 
-    def _decode(self, engine: Engine, slots: list[Slot]) -> None:
+    def _decode(self, engine: Engine, vae: str, slots: list[Slot]) -> None:
         """Decodes together; if that fails, one by one, so that only those at fault have no image."""
         try:
             with torch.inference_mode():
-                images = _to_bytes(engine.decode(torch.stack([slot.sample for slot in slots])))
+                images = _to_bytes(engine.decode(torch.stack([slot.sample for slot in slots]), vae))
         except Exception as error:
             for slot in slots:
                 if len(slots) == 1:
                     self._fail(slot.job, slot.started, error, slot.sample.clone())
                 else:
-                    self._decode(engine, [slot])
+                    self._decode(engine, vae, [slot])
             return
         for slot, image in zip(slots, images.cpu().numpy(), strict=True):
             milliseconds = (time.perf_counter() - slot.started) * 1000

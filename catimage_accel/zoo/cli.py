@@ -55,6 +55,18 @@ def pack(out: Annotated[Path, typer.Argument(help="The catalog's folder.")], wor
 
 
 @app.command()
+def students(
+    catalog: Annotated[Path, typer.Argument(help="A packed catalog folder.")],
+    work: Annotated[Path, typer.Option(help="Where `catimage distill` kept its runs.")],
+) -> None:
+    """Pack the students and their decoder into CATALOG/students, and add them to its candidates."""
+    from catimage_accel.catalog import Catalog
+    from catimage_accel.zoo.students import pack_students
+
+    pack_students(Catalog.load(catalog, verify=False), work).write_checksums()
+
+
+@app.command()
 def objects(font: Annotated[Path, typer.Argument(help="NotoColorEmoji.ttf")], out: Path) -> None:
     """Draw the atlas of object pictures again, from the font."""
     from catimage_accel.zoo.objects import build_atlas

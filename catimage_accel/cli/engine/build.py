@@ -111,7 +111,7 @@ def _jobs(
             profile = shape_profile(model, one.unet, rows or runtime.rows)
             components = components_of(
                 model, one.unet, one.precision, quantization, target_device(engine, device),
-                deepcache=one.options.get("deepcache_interval", 1) > 1,
+                deepcache=one.options.get("deepcache_interval", 1) > 1, vae=one.vae,
             )  # fmt: skip
             for component in components:
                 jobs[_Job(engine, component, profile)] = None
