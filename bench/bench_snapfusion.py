@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Judged:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--catalog", default="emoji")
-    parser.add_argument("--candidate", action="append", help="compared with the first of them; all if absent")
+    parser.add_argument("--candidate", action="append", help="NAME or NAME@STEPS, compared with the first")
     parser.add_argument("--number", type=int, default=2000, help="captions")
     parser.add_argument("--start", type=int, default=HEADLINE_CAPTIONS, help="the first of them")
     parser.add_argument("--seconds", type=float, default=0.0, help="for the times; 0 takes none")
@@ -60,7 +60,7 @@ def main() -> None:
     catalog = Catalog.load(options.catalog, verify=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     executor = catalog_executor(catalog, device)
-    candidates = [catalog.candidate(name) for name in options.candidate or [one.name for one in catalog.candidates]]
+    candidates = [named(catalog, name) for name in options.candidate or [one.name for one in catalog.candidates]]
     said = held_out_captions(options.number, options.start)
     captions, misses = [text for _, text in said], near_miss_captions([meaning for meaning, _ in said])
     judge = CLIPScore(catalog.judge_folder)
@@ -85,6 +85,13 @@ def main() -> None:
     save(path, facts, rows)
     show(rows)
     print(f"written to {path}")
+
+
+def named(catalog: Catalog, name: str) -> Candidate:
+    """A candidate of the catalog; "NAME@STEPS" is the one called NAME at another number of steps."""
+    known, _, steps = name.partition("@")
+    candidate = catalog.candidate(known)
+    return replace(candidate, name=name.replace("@", "-at-"), steps=int(steps)) if steps else candidate
 
 
 def compare(judged: dict[str, Judged], references: np.ndarray) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catimage_accel.catalog import Candidate
+from catimage_accel.candidate import OWN_VAE, Candidate
 from catimage_accel.engines import DeepFeatures, Engine, TextBatch, TextState
 from catimage_accel.executor import Executor, Job
 from catimage_accel.executor.samplers import SamplerTable

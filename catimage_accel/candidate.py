@@ -42,10 +42,11 @@ class Candidate:
     """One way to turn a prompt into an image.
 
     ``model`` is a diffusers folder, relative to the catalog's folder or absolute, or a hub id; ``unet`` the subfolder
-    of it with this candidate's UNet, ``vae`` the one with the VAE that decodes its latents. ``steps`` is 1 to 1000; ``guidance_scale`` 0 to 100, and up to 1 means none (one
-    UNet row an image). ``engine`` "auto" is the one measured fastest, "eager" where none was measured. ``precision``
-    "int8" and "fp8" need ``quantization``, a folder that `catimage quantize` wrote, relative to the catalog's folder or
-    absolute. ``options``: ``deepcache_interval`` (int, the UNet's deep features are recomputed every so many steps).
+    of it with this candidate's UNet, ``vae`` the one with the VAE that decodes its latents. ``steps`` is 1 to 1000;
+    ``guidance_scale`` 0 to 100, and up to 1 means none (one UNet row an image). ``engine`` "auto" is the one measured
+    fastest, "eager" where none was measured. ``precision`` "int8" and "fp8" need ``quantization``, a folder that
+    `catimage quantize` wrote, relative to the catalog's folder or absolute. ``options``: ``deepcache_interval`` (int,
+    the UNet's deep features are recomputed every so many steps).
     Any other value raises ValueError.
     """
 
@@ -75,5 +76,5 @@ class Candidate:
 
     @property
     def weights(self) -> tuple[str, str, str, str | None]:
-        """What tells UNets apart: candidates that are equal in this share engines and batches, whatever decodes them."""
+        """What tells UNets apart: candidates that are equal in this share engines and batches, whatever their VAE."""
         return self.model, self.unet, self.precision, self.quantization

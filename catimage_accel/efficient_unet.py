@@ -32,20 +32,21 @@ class EfficientUNet(UNet2DConditionModel):
 
     A path is a module's, such as ``"mid_block.resnets.1"`` or ``"up_blocks.2.attentions.0"``; those that are absent run
     once. 0 leaves a block out: what it is given goes on unchanged, in an up block without the skip connection. The
-    second and later copies of an up block's ResNet see no skip connection. ValueError for a path that is no block's, a
-    count that is not 0 to 8, and a block that changes the number of channels and so can't be left out.
+    second and later copies of an up block's ResNet see no skip connection, and a ResNet's later copies never divide
+    their output by ``output_scale_factor``. ValueError for a path that is no block's, a count that is not 0 to 8, and a
+    block that changes the number of channels and so can't be left out. Blocks are ``ResnetBlock2D`` and
+    ``Transformer2DModel``; other kinds run once.
     """
 
     def __init__(self, block_repeats: Mapping[str, int] | None = None, **config: Any) -> None:
         super().__init__(**config)
-        self.register_to_config(block_repeats=dict(block_repeats or {}))
         for path, copies in (block_repeats or {}).items():
             _check(self, path, copies)
-        for path, copies in (block_repeats or {}).items():
-            if copies == 0:
-                self.set_submodule(path, left_out(self, path), strict=True)
-            elif copies > 1:
-                self.set_submodule(path, RepeatedBlock(self.get_submodule(path), copies), strict=True)
+        repeats = {path: copies for path, copies in (block_repeats or {}).items() if copies != 1}
+        self.register_to_config(block_repeats=repeats)
+        for path, copies in repeats.items():
+            block = left_out(self, path) if copies == 0 else RepeatedBlock(self.get_submodule(path), copies)
+            self.set_submodule(path, block, strict=True)
 
 
 class SkippedResnet(nn.Module):
@@ -107,30 +108,32 @@ def with_repeats(unet: UNet2DConditionModel, block_repeats: Mapping[str, int]) -
     """A new network with ``unet``'s weights where its blocks survive; it predicts what ``unet`` does with those alone.
 
     ``block_repeats`` is added to what ``unet`` has already. Copies that ``unet`` does not have start as copies of the
-    last that is there, except that the last layer of their residual branch is zero: they change nothing at first.
+    last that is there, except that the last layer of their residual branch is zero: they change nothing at first. Where
+    there are to be fewer copies than before, the first ones stay. ValueError as for :class:`EfficientUNet`, and for a
+    block to be put back that ``unet`` has left out.
     """
     config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != REPEATS_KEY}
     before = dict(getattr(unet.config, REPEATS_KEY, None) or {})
-    repeats = {path: copies for path, copies in {**before, **block_repeats}.items() if copies != 1}
-    for path in block_repeats:
-        if before.get(path) == 0:
+    for path, copies in block_repeats.items():
+        if before.get(path) == 0 and copies != 0:
             raise ValueError(f"block_repeats names {path!r}, which was left out before; its weights are lost")
-    made = EfficientUNet(block_repeats=repeats, **config).to(device=unet.device, dtype=unet.dtype)
+    repeats = {**before, **block_repeats}
+    made = EfficientUNet(block_repeats=repeats, **config)
+    nn.Module.to(made, device=unet.device, dtype=unet.dtype)  # diffusers' own warns of every change of type
     weights = unet.state_dict()
     for path, copies in repeats.items():
-        was = before.get(path, 1)
-        for name in [name for name in weights if name.startswith(f"{path}.")]:
-            if was == 1 and copies > 1:
-                weights[name.replace(f"{path}.", f"{path}.blocks.0.", 1)] = weights.pop(name)
+        old, new = (f"{path}.blocks.0." if many > 1 else f"{path}." for many in (before.get(path, 1), copies))
+        for name in [name for name in weights if old != new and name.startswith(old)]:
+            weights[name.replace(old, new, 1)] = weights.pop(name)
     missing, unexpected = made.load_state_dict(weights, strict=False)
     lost = [name for name in unexpected if not any(name.startswith(f"{path}.") for path in repeats)]
     if lost:
         raise ValueError(f"weights have no place in the new network: {', '.join(lost[:3])}")
-    new: dict[str, set[int]] = {}
+    fresh: dict[str, set[int]] = {}
     for name in missing:
         path, _, rest = name.partition(".blocks.")
-        new.setdefault(path, set()).add(int(rest.split(".")[0]))
-    for path, indices in new.items():
+        fresh.setdefault(path, set()).add(int(rest.split(".")[0]))
+    for path, indices in fresh.items():
         _fill_copies(made.get_submodule(path), indices)
     return made.train(unet.training)
 
@@ -169,13 +172,22 @@ def _blocks(unet: UNet2DConditionModel) -> list[str]:
 
 
 def _is_block(module: nn.Module | None) -> bool:
-    return module is not None and not isinstance(module, SkippedResnet | SkippedAttention)
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    return module is not None and isinstance(_first(module), ResnetBlock2D | Transformer2DModel)
+
+
+def _first(block: nn.Module) -> Any:
+    """The first copy of a block; that of an optional block too, which holds its own."""
+    block = getattr(block, "block", block)
+    return block.blocks[0] if isinstance(block, RepeatedBlock) else block
 
 
 def _out_channels(block: nn.Module) -> int:
-    if isinstance(block, RepeatedBlock):
-        block = block.blocks[0]
-    found: Any = getattr(block, "block", block)  # an optional block holds its own
+    found = _first(block)
+    if isinstance(found, SkippedResnet):
+        return found.channels
     return int(found.out_channels if found.out_channels is not None else found.in_channels)
 
 
@@ -186,8 +198,7 @@ def _hidden_channels(unet: UNet2DConditionModel, path: str) -> int:
         return _out_channels(block)
     stage_name, _, index = path.rpartition(".resnets.")
     if not stage_name.startswith("up_blocks."):
-        first = block.blocks[0] if isinstance(block, RepeatedBlock) else block
-        return int(first.in_channels)
+        return int(_first(block).in_channels)
     if int(index) > 0:
         return _out_channels(unet.get_submodule(f"{stage_name}.resnets.{int(index) - 1}"))
     number = int(stage_name.rpartition(".")[2])
@@ -196,18 +207,23 @@ def _hidden_channels(unet: UNet2DConditionModel, path: str) -> int:
 
 
 def _another(block: nn.Module) -> nn.Module:
-    """A block like ``block``, with as many channels in as out."""
+    """A block like ``block``, with as many channels in as out, that can be an identity."""
     from diffusers.models.resnet import ResnetBlock2D
 
-    if not isinstance(block, ResnetBlock2D) or block.in_channels == block.out_channels:
+    if not isinstance(block, ResnetBlock2D):
         return copy.deepcopy(block)
-    return ResnetBlock2D(
+    if block.in_channels == block.out_channels:
+        made = copy.deepcopy(block)
+        made.output_scale_factor = 1.0
+        return made
+    made = ResnetBlock2D(
         in_channels=block.out_channels, out_channels=block.out_channels,
         temb_channels=None if block.time_emb_proj is None else block.time_emb_proj.in_features,
         groups=block.norm2.num_groups, eps=block.norm2.eps, dropout=block.dropout.p,
-        time_embedding_norm=block.time_embedding_norm, output_scale_factor=block.output_scale_factor,
-        skip_time_act=block.skip_time_act,
+        time_embedding_norm=block.time_embedding_norm, skip_time_act=block.skip_time_act,
     )  # fmt: skip
+    made.nonlinearity = copy.deepcopy(block.nonlinearity)
+    return made
 
 
 def _check(unet: UNet2DConditionModel, path: str, copies: int) -> None:

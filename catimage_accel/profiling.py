@@ -124,8 +124,8 @@ def time_candidates(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds an image, [candidate][batch size], text encoding and decode included.
 
-    Each set of weights, with each decoder, is timed at two small numbers of steps, the better of two runs, and the time of a candidate's
-    own steps is read off the line through both.
+    Each set of weights, with each VAE, is timed at two small numbers of steps, the better of two runs, and the time of
+    a candidate's own steps is read off the line through both.
     """
     measured: dict[tuple[Any, ...], dict[int, tuple[float, float, int, int]]] = {}
     found: dict[str, dict[str, float]] = {}

@@ -27,6 +27,7 @@ candidates = st.builds(
     guidance_scale=st.floats(0, 100),
     precision=st.sampled_from(["fp32", "bf16", "fp16"]),
     options=st.sampled_from([{}, {"deepcache_interval": 3}]),
+    vae=st.sampled_from(["vae", "vae_small"]),
 )
 
 
@@ -71,8 +72,9 @@ def test_what_is_saved_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, listed: list[Candidate], tradeoff: float, name: str
 ) -> None:
     folder = tmp_path_factory.mktemp("catalog")
-    (folder / "model" / "unet").mkdir(parents=True)
-    (folder / "model" / "unet" / "config.json").write_text("{}")
+    for part in ("unet", "vae_small"):
+        (folder / "model" / part).mkdir(parents=True)
+        (folder / "model" / part / "config.json").write_text("{}")
     flops = {candidate.name: candidate.steps * 10**9 for candidate in listed}
     saved = Catalog(folder, name, tuple(listed), tradeoff=tradeoff, flops=flops).save(folder)
     loaded = Catalog.load(folder)
@@ -112,6 +114,7 @@ def test_saved_elsewhere_it_still_finds_its_models(tiny_catalog: Path, tmp_path:
         pytest.param('"auto"', '"magic"', ["'magic'", "'auto', 'eager', 'compiled'"], id="unknown-engine"),
         pytest.param('"dear-4"', '"cheap-2"', ["'cheap-2' occurs 2 times"], id="same-name-twice"),
         pytest.param('unet = "unet"', 'unet = "../unet"', ["'../unet'"], id="unet-outside-the-model"),
+        pytest.param("steps = 4", 'steps = 4\nvae = "../vae"', ["vae is '../vae'"], id="vae-outside-the-model"),
         pytest.param("[[candidate]]", "[[candidate]", ["not valid TOML"], id="not-toml"),
     ],
 )
@@ -158,6 +161,19 @@ def test_a_missing_file_is_named(catalog_copy: Path, removed: str, use: Callable
     path = catalog_copy / removed
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     one_line(lambda: use(Catalog.load(catalog_copy, verify=False)), str(path), kind=FileNotFoundError)
+
+
+def test_a_vae_is_written_where_it_is_not_the_models_own(catalog_copy: Path) -> None:
+    path = catalog_copy / "catalog.toml"
+    assert "vae" not in path.read_text()
+    path.write_text(path.read_text().replace("steps = 4", 'steps = 4\nvae = "vae_small"'))
+    missing = str(catalog_copy / "model" / "vae_small" / "config.json")
+    parts = [missing, "dear-4: vae is 'vae_small'"]
+    one_line(lambda: Catalog.load(catalog_copy, verify=False), *parts, kind=FileNotFoundError)
+    shutil.copytree(catalog_copy / "model" / "vae", catalog_copy / "model" / "vae_small")
+    Catalog.load(catalog_copy, verify=False).save(catalog_copy)
+    assert path.read_text().count("vae = ") == 1
+    assert [one.vae for one in Catalog.load(catalog_copy, verify=False).candidates] == ["vae", "vae", "vae_small"]
 
 
 def test_a_judge_may_be_a_hub_id(catalog_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -182,6 +183,17 @@ def test_scores_of_a_changed_candidate_are_drawn_again(bare: Path) -> None:
     assert scored(bare, Brightness()) == 3
     changed = {name for key, score in table(bare).items() if score != before[key] for name in [key[1]]}
     assert changed == {"dear-4"}
+
+
+def test_scores_by_another_decoder_are_drawn_again_and_those_of_older_files_kept(bare: Path) -> None:
+    scored(bare, Brightness())
+    definitions = json.loads(pyarrow.parquet.read_schema(bare / "quality.parquet").metadata[b"candidates"])
+    assert not any("vae" in fields for fields in definitions.values()), "as in files written before there was a choice"
+    path = bare / "catalog.toml"
+    shutil.copytree(bare / "model" / "vae", bare / "model" / "vae_small")
+    path.write_text(path.read_text().replace("steps = 4", 'steps = 4\nvae = "vae_small"'))
+    assert scored(bare, Brightness()) == 3
+    assert scored(bare, Brightness()) == 0
 
 
 def test_another_engine_draws_the_same_picture(bare: Path) -> None:

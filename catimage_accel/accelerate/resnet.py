@@ -67,9 +67,11 @@ def _norms_before_silu(module: nn.Module) -> tuple[list[Any], Any]:
     from diffusers.models.autoencoders.vae import Decoder, Encoder
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+    from catimage_accel.efficient_unet import EfficientUNet
+
     # "scale_shift" puts the time embedding between the second norm and the activation.
     if type(module) in (ResnetBlock2D, FusedResnetBlock2D) and module.time_embedding_norm != "scale_shift":
         return [module.norm1, module.norm2], module.nonlinearity
-    if type(module) in (UNet2DConditionModel, Encoder, Decoder):
+    if type(module) in (UNet2DConditionModel, EfficientUNet, Encoder, Decoder):
         return [module.conv_norm_out], module.conv_act
     return [], None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from catimage_accel.candidate import Candidate
+from catimage_accel.candidate import OWN_VAE, Candidate
 from catimage_accel.catalog import BUILT_IN, QUALITY_FILE, Catalog
 from catimage_accel.cli.console import results
 from catimage_accel.costs import Milliseconds, fastest
@@ -49,7 +49,8 @@ def list_candidates(
 
     table = Table(title=f"catalog {loaded.name}: {loaded.metric}, mean over its profiled prompts")
     numbers = ("steps", "guidance", "GFLOP", loaded.metric)
-    for heading in ("candidate", "unet", "precision", "sampler", "options", *numbers):
+    parts = ("unet", *(["vae"] if any(row["vae"] != OWN_VAE for row in rows) else []))
+    for heading in ("candidate", *parts, "precision", "sampler", "options", *numbers):
         table.add_column(heading, justify="right" if heading in numbers else "left")
     devices = list(dict.fromkeys(device for row in rows for device in row["milliseconds"]))
     sizes = {
@@ -60,7 +61,7 @@ def list_candidates(
         table.add_column(f"{device}: ms a picture\nat batch {' / '.join(map(str, sizes[device]))}")
     for row in rows:
         table.add_row(
-            row["name"], row["unet"], row["precision"], row["sampler"],
+            row["name"], *(row[part] for part in parts), row["precision"], row["sampler"],
             " ".join(f"{key}={value}" for key, value in row["options"].items()),
             str(row["steps"]), f"{row['guidance_scale']:g}",
             "-" if row["gflop"] is None else f"{row['gflop']:.3g}",

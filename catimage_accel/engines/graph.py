@@ -138,7 +138,8 @@ class GraphEngine:
                 return self._run(name, {"latents": scaled.to(self.device)})["image"].float()
             except EngineUnavailable as error:
                 self._given_up.add(name)
-                tell_once(f"{self.name} has no decoder for {self._source[0] / vae}: {error}; PyTorch decodes in its place")
+                folder = self._source[0] / vae
+                tell_once(f"{self.name} has no decoder for {folder}: {error}; PyTorch decodes in its place")
         return self.shared.decode(latents, vae)
 
     def _decoder(self, vae: str) -> str:

@@ -48,7 +48,7 @@ def check_model_folder(model: Path, unet: str = "unet", vae: str = OWN_VAE) -> N
     """Raises FileNotFoundError or ValueError, one line, for a folder that no engine here can run.
 
     Looks at names and configs only: the parts are there, of Stable Diffusion's classes, their weights as safetensors.
-    Another ``vae`` than the folder's own takes latents of the same channels and makes pictures of the same size of them.
+    Another ``vae`` than the folder's own takes latents of the same channels and makes pictures of the same size.
     """
     if not model.is_dir():
         raise FileNotFoundError(f"{model} is not a folder; accepted: a diffusers model folder")
@@ -71,8 +71,8 @@ def check_model_folder(model: Path, unet: str = "unet", vae: str = OWN_VAE) -> N
         found, own = (_latents_of(model / name / "config.json") for name in (vae, OWN_VAE))
         if found != own:
             raise ValueError(
-                f"{model / vae / 'config.json'}: (latent_channels, pixels a latent) are {found}; accepted: {own}, as in "
-                f"{model / OWN_VAE}"
+                f"{model / vae / 'config.json'}: (latent_channels, pixels a latent) are {found}; accepted: {own}, "
+                f"as in {model / OWN_VAE}"
             )
 
 

@@ -23,9 +23,9 @@ class Executor:
     """Draws jobs with step-level batching.
 
     Work is batched by the denoising step. Candidates that share UNet weights (model, ``unet``, engine, precision)
-    share batches, whatever their sampler, steps, guidance, DeepCache interval or decoder: every row has its own timestep and
-    coefficients. Between steps finished images leave and waiting jobs join. An image depends on its job only, beyond
-    rounding: float32 latents are those of diffusers' pipeline with the sampler's scheduler to 1e-3.
+    share batches, whatever their sampler, steps, guidance, DeepCache interval or VAE: every row has its own timestep
+    and coefficients. Between steps finished images leave and waiting jobs join. An image depends on its job only,
+    beyond rounding: float32 latents are those of diffusers' pipeline with the sampler's scheduler to 1e-3.
 
     With precision "bf16" or "fp16" the text encoder, the UNet and the decoder run in that type (a float16 decoder
     whose config says ``force_upcast``: in float32); samples are float32 between the steps, where diffusers would

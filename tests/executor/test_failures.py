@@ -25,8 +25,8 @@ def candidate(folder: Path, **more: Any) -> Candidate:
 
 def unchecked(folder: Path, **more: Any) -> Any:
     """A candidate that the catalog would refuse: the executor checks for itself."""
-    fields = {"engine": "eager", "precision": "fp32", "quantization": None, "unet": "unet", "options": {}, **more}
-    values = {"model": str(folder), "steps": 3, "sampler": "ddim", "guidance_scale": 2.0, **fields}
+    fields = {"engine": "eager", "precision": "fp32", "quantization": None, "unet": "unet", "vae": "vae", **more}
+    values = {"model": str(folder), "steps": 3, "sampler": "ddim", "guidance_scale": 2.0, "options": {}, **fields}
     return SimpleNamespace(name="one", **values)
 
 
@@ -153,6 +153,7 @@ def test_a_bad_job(
         pytest.param({"options": {"deepcache": 2}}, ValueError, "option is 'deepcache'", id="option"),
         pytest.param({"options": {"deepcache_interval": 0}}, ValueError, "deepcache_interval is 0", id="interval"),
         pytest.param({"unet": "unet_small"}, FileNotFoundError, "unet_small", id="UNet folder"),
+        pytest.param({"vae": "vae_small"}, FileNotFoundError, "vae_small", id="VAE folder"),
         pytest.param({"model": "/nowhere"}, FileNotFoundError, "/nowhere is not a folder", id="model folder"),
     ],
 )

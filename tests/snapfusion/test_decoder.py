@@ -35,10 +35,10 @@ def latents(number: int = 24, channels: int = 4) -> torch.Tensor:
 
 def test_it_comes_nearer_to_the_whole_decoder_and_the_encoder_stays(vae: AutoencoderKL, tmp_path: Path) -> None:
     student = pruned_decoder(vae, 0.5)
-    before = psnr_between(vae, student, latents()[-1:])
+    before = psnr_between(vae, student, latents()[:-1])
     encoder = {name: value.clone() for name, value in student.encoder.state_dict().items()}
     distill_decoder(vae, student, latents(), CONFIG, tmp_path, CPU)
-    assert psnr_between(vae, student, latents()[-1:]) > before + 3
+    assert psnr_between(vae, student, latents()[:-1]) > before + 3
     assert all(torch.equal(value, encoder[name]) for name, value in student.encoder.state_dict().items())
     rows = [json.loads(line) for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "psnr" in row] == [60, 120]
