@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--catalog", default="emoji")
     parser.add_argument("--candidate", action="append", help="NAME or NAME@STEPS, compared with the first")
+    parser.add_argument("--engine", help="instead of the one that is the fastest here")
     parser.add_argument("--number", type=int, default=2000, help="captions")
     parser.add_argument("--start", type=int, default=HEADLINE_CAPTIONS, help="the first of them")
     parser.add_argument("--seconds", type=float, default=0.0, help="for the times; 0 takes none")
@@ -61,6 +62,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     executor = catalog_executor(catalog, device)
     candidates = [named(catalog, name) for name in options.candidate or [one.name for one in catalog.candidates]]
+    if options.engine:
+        candidates = [replace(candidate, engine=options.engine) for candidate in candidates]
     said = held_out_captions(options.number, options.start)
     captions, misses = [text for _, text in said], near_miss_captions([meaning for meaning, _ in said])
     judge = CLIPScore(catalog.judge_folder)

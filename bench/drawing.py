@@ -23,7 +23,9 @@ def draw(
 ) -> np.ndarray:
     """uint8 (prompts, 64, 64, 3), in chunks that are kept in the folder."""
     files = json.loads((catalog.folder / CHECKSUMS_FILE).read_text())["files"]
-    models = [files[path]["sha256"] for path in sorted(files) if path.startswith(f"{candidate.model}/")]
+    parts = (candidate.unet, candidate.vae, "text_encoder", "tokenizer", "scheduler")
+    used = tuple(f"{candidate.model}/{part}/" for part in parts)
+    models = [files[path]["sha256"] for path in sorted(files) if path.startswith(used)]
     kept.mkdir(parents=True, exist_ok=True)
     parts = []
     starts = range(0, len(prompts), CHUNK)

@@ -108,9 +108,9 @@ def with_repeats(unet: UNet2DConditionModel, block_repeats: Mapping[str, int]) -
     """A new network with ``unet``'s weights where its blocks survive; it predicts what ``unet`` does with those alone.
 
     ``block_repeats`` is added to what ``unet`` has already. Copies that ``unet`` does not have start as copies of the
-    last that is there, except that the last layer of their residual branch is zero: they change nothing at first. Where
-    there are to be fewer copies than before, the first ones stay. ValueError as for :class:`EfficientUNet`, and for a
-    block to be put back that ``unet`` has left out.
+    last that is there, as far as shapes agree, except that the last layer of their residual branch is zero: they change
+    nothing at first. Where there are to be fewer copies than before, the first ones stay. Same dtype and device.
+    ValueError as for :class:`EfficientUNet`, and for a block to be put back that ``unet`` has left out.
     """
     config = {key: value for key, value in unet.config.items() if not key.startswith("_") and key != REPEATS_KEY}
     before = dict(getattr(unet.config, REPEATS_KEY, None) or {})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ from torch import Tensor
 
 import catimage_accel as ca
 from catimage_accel.efficient_unet import EfficientUNet, removable_blocks, repeatable_blocks, with_repeats
-from catimage_accel.engines import LoadedEngines
+from catimage_accel.engines import DeepFeatures, EagerEngine, LoadedEngines
 from catimage_accel.engines.cache import EngineCache
+from catimage_accel.engines.loading import load_unet
+from catimage_accel.profiling import count_flops
 
 CPU = torch.device("cpu")
 
@@ -27,26 +32,85 @@ def sd15_shaped() -> UNet2DConditionModel:
     ).eval()  # fmt: skip
 
 
-def small() -> UNet2DConditionModel:
+def small(**config: object) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-    ).eval()  # fmt: skip
+    shape = {
+        "sample_size": 16, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8,
+        "cross_attention_dim": 32, "attention_head_dim": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return UNet2DConditionModel(**(shape | config)).eval()
+
+
+def sdxl_shaped() -> UNet2DConditionModel:
+    return small(
+        block_out_channels=(16, 32, 32), layers_per_block=2, transformer_layers_per_block=(1, 2, 3),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
+    )  # fmt: skip
+
+
+def zoo_shaped() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    config = UNet2DConditionModel.load_config(Path(ca.__file__).parent / "zoo" / "emoji" / "model" / "unet")
+    return UNet2DConditionModel.from_config(config).eval()
+
+
+SHAPES = pytest.mark.parametrize(
+    "make", [small, sd15_shaped, sdxl_shaped, zoo_shaped],
+    ids=["two stages", "Stable Diffusion 1.5's shape", "SDXL's shape", "the zoo's"],
+)  # fmt: skip
 
 
 @torch.no_grad()
 def predicted(unet: UNet2DConditionModel) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    sample, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 7, 32, generator=generator)
-    return unet(sample, torch.tensor([5, 900]), text, return_dict=False)[0]
+    sample = torch.randn(2, unet.config.in_channels, 16, 16, generator=generator)
+    text = torch.randn(2, 7, unet.config.cross_attention_dim, generator=generator)
+    added = {"text_embeds": torch.ones(2, 32), "time_ids": torch.full((2, 6), 16.0)}
+    return unet(sample, torch.tensor([5, 900]), text, added_cond_kwargs=added, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("make", [small, sd15_shaped], ids=["two stages", "Stable Diffusion 1.5's shape"])
+@SHAPES
 def test_without_changes_it_is_the_plain_unet(make) -> None:
     unet = make()
-    assert torch.equal(predicted(with_repeats(unet, {})), predicted(unet))
+    same = with_repeats(unet, dict.fromkeys(repeatable_blocks(unet), 1))
+    assert same.config.block_repeats == {}
+    assert torch.equal(predicted(same), predicted(unet))
+
+
+@SHAPES
+def test_of_any_shape_blocks_are_doubled_at_no_change_and_left_out_all_at_once(make) -> None:
+    unet = make()
+    assert torch.equal(predicted(with_repeats(unet, dict.fromkeys(repeatable_blocks(unet), 2))), predicted(unet))
+    thinnest = with_repeats(unet, dict.fromkeys(removable_blocks(unet), 0))
+    assert removable_blocks(thinnest) == []
+    assert predicted(thinnest).shape == predicted(unet).shape
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"act_fn": "gelu"}, {"resnet_out_scale_factor": 1.5, "mid_block_scale_factor": 2.0},
+     {"resnet_time_scale_shift": "scale_shift"}, {"mid_block_type": "UNetMidBlock2D"}, {"mid_block_type": None}],
+    ids=["another activation", "scaled outputs", "scale and shift", "no attention in the middle", "no middle"],
+)  # fmt: skip
+def test_copies_are_built_as_the_block_is(config: dict[str, object]) -> None:
+    unet = small(**config)
+    doubled = with_repeats(unet, dict.fromkeys(repeatable_blocks(unet), 2))
+    assert torch.equal(predicted(doubled), predicted(unet))
+    first, second = doubled.up_blocks[0].resnets[0].blocks
+    assert type(second.nonlinearity) is type(first.nonlinearity)
+
+
+def test_other_kinds_of_blocks_run_once() -> None:
+    unet = small(
+        down_block_types=("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    attentions = [path for path in repeatable_blocks(unet) if ".attentions." in path]
+    assert attentions == ["mid_block.attentions.0"]
 
 
 def test_blocks_come_in_the_order_in_which_they_run() -> None:
@@ -57,7 +121,6 @@ def test_blocks_come_in_the_order_in_which_they_run() -> None:
     assert ran == repeatable_blocks(unet)
     # Every attention, and every ResNet but those that change the channels, a skip connection not counted.
     changing = {"down_blocks.1.resnets.0", "down_blocks.2.resnets.0", "up_blocks.2.resnets.0", "up_blocks.3.resnets.0"}
-    changing -= set() if unet.config.block_out_channels[2] != unet.config.block_out_channels[1] else changing
     assert set(repeatable_blocks(unet)) - set(removable_blocks(unet)) == changing
 
 
@@ -101,17 +164,54 @@ def test_changes_add_up() -> None:
     assert torch.equal(predicted(second), predicted(with_repeats(first, {"mid_block.resnets.0": 0})))
 
 
+def test_there_can_be_fewer_copies_again() -> None:
+    unet = small()
+    three = with_repeats(unet, {"up_blocks.0.resnets.0": 3, "mid_block.attentions.0": 2})
+    for name, parameter in three.named_parameters():
+        if ".blocks." in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    two = with_repeats(three, {"up_blocks.0.resnets.0": 2})
+    kept, whole = two.state_dict(), three.state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in kept.items())
+    assert set(whole) - set(kept) == {name for name in whole if name.startswith("up_blocks.0.resnets.0.blocks.2.")}
+    one = with_repeats(two, {"up_blocks.0.resnets.0": 1, "mid_block.attentions.0": 1})
+    assert one.config.block_repeats == {}
+    assert set(one.state_dict()) == set(unet.state_dict())
+    first = three.up_blocks[0].resnets[0].blocks[0].state_dict()
+    assert all(torch.equal(value, first[name]) for name, value in one.up_blocks[0].resnets[0].state_dict().items())
+
+
+def test_what_can_be_left_out_of_a_thin_network_is_what_is_left() -> None:
+    unet = small()
+    thin = with_repeats(unet, {"up_blocks.0.resnets.0": 0, "mid_block.attentions.0": 0, "mid_block.resnets.1": 2})
+    gone = {"up_blocks.0.resnets.0", "mid_block.attentions.0"}
+    assert removable_blocks(thin) == [path for path in removable_blocks(unet) if path not in gone]
+    assert repeatable_blocks(thin) == [path for path in repeatable_blocks(unet) if path not in gone]
+    assert torch.equal(predicted(with_repeats(thin, dict.fromkeys(gone, 0))), predicted(thin))
+
+
+def test_dtype_and_mode_are_kept() -> None:
+    made = with_repeats(small().bfloat16().train(), {"mid_block.resnets.0": 2})
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+    assert made.training
+
+
 @pytest.mark.parametrize(
     ("repeats", "told"),
     [
         ({"mid_block.resnets.7": 0}, r"'mid_block\.resnets\.7'; accepted: down_blocks\.0\.resnets\.0, "),
+        ({"mid_block.resnets.7": 1}, r"'mid_block\.resnets\.7'; accepted: down_blocks\.0\.resnets\.0, "),
+        ({"mid_block.resnets.0": True}, r"True for mid_block\.resnets\.0; accepted: a whole number from 0 to 8"),
         ({"mid_block.resnets.0": -1}, r"-1 for mid_block\.resnets\.0; accepted: a whole number from 0 to 8"),
         ({"mid_block.resnets.0": 9}, "accepted: a whole number from 0 to 8"),
         ({"mid_block.resnets.0": "2"}, "'2' for mid_block.*accepted: a whole number from 0 to 8"),
         ({"down_blocks.1.resnets.0": 0}, r"down_blocks\.1\.resnets\.0, which makes 32 channels of 16; accepted: down"),
     ],
-    ids=["no such block", "negative", "too many", "not a number", "it changes the channels"],
-)
+    ids=[
+        "no such block", "no such block, once", "a bool", "negative", "too many", "not a number",
+        "it changes the channels",
+    ],
+)  # fmt: skip
 def test_what_can_t_be_is_refused(repeats: dict[str, int], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         with_repeats(small(), repeats)
@@ -146,6 +246,7 @@ def test_diffusers_own_pipeline_loads_the_folder_and_the_kernels_go_in_and_out(t
     assert isinstance(pipe.unet, ca.EfficientUNet)
     before = drawn(pipe)
     ca.accelerate(pipe)
+    assert pipe.unet.conv_norm_out.activation == "silu"  # as in a plain UNet
     torch.testing.assert_close(drawn(pipe), before, rtol=1e-4, atol=1e-4)
     ca.restore(pipe)
     assert torch.equal(drawn(pipe), before)
@@ -160,3 +261,26 @@ def test_every_engine_predicts_what_the_network_does(thin_folder: Path, tmp_path
     with torch.no_grad():
         expected = unet(sample, timestep, text.hidden, return_dict=False)[0]
     torch.testing.assert_close(loaded.denoise(sample, timestep, text), expected, rtol=1e-3, atol=1e-4)
+    deep = DeepFeatures()
+    for refresh in (None, ()):
+        deep.refresh = refresh
+        found = loaded.denoise(sample, timestep, text, deep=deep)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_flops_are_those_of_the_blocks_that_run(thin_folder: Path, tiny_sd_folder: Path, tiny_catalog: Path) -> None:
+    folders = {"thin": thin_folder, "whole": tiny_sd_folder}
+    candidates = tuple(ca.Candidate(name, str(folder), 2, "ddim", 1.0) for name, folder in folders.items())
+    flops = count_flops(dataclasses.replace(ca.Catalog.load(tiny_catalog), candidates=candidates))
+    assert flops["thin"] < flops["whole"]
+
+
+def test_a_class_that_is_not_known_is_told(thin_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(thin_folder, tmp_path / "other")
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "UNet3DConditionModel"}))
+    told = r"unet/config\.json: the class is 'UNet3DConditionModel'; accepted: UNet2DConditionModel, EfficientUNet"
+    with pytest.raises(ValueError, match=told):
+        EagerEngine(folder)
+    with pytest.raises(ValueError, match=r"the class is 'UNet3DConditionModel'; accepted: .*EfficientUNet"):
+        load_unet(folder, "unet", torch.float32)

@@ -6,6 +6,7 @@ what it will be given.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,9 @@ def distill_decoder(
         grid(pictures, len(shown)).save(target / f"step-{step:06d}.png")
         return {"psnr": psnr_between(teacher, student, unseen.to(device))}
 
-    trainer = Trainer(student, config, folder, device, folder.name, recipe=recipe, validate=validate)
+    digest = hashlib.sha256(latents.float().contiguous().numpy().tobytes()).hexdigest()[:16]
+    told = {**(recipe or {}), "latents": digest}
+    trainer = Trainer(student, config, folder, device, folder.name, recipe=told, validate=validate)
     dtype = PRECISIONS[config.precision]
     teacher = teacher.to(dtype)
 

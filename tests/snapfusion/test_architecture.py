@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from catimage_accel.efficient_unet import with_repeats
 from catimage_accel.snapfusion.architecture import SD15, snapfusion_unet
 
 PUBLISHED = 848e6
@@ -80,9 +81,12 @@ def test_new_transformer_layers_change_nothing_at_first(base: UNet2DConditionMod
         assert not torch.equal(added.transformer_blocks[0](hidden, encoder_hidden_states=text), hidden)
 
 
-def test_another_shape_is_refused(tiny_sd_folder: Path) -> None:
+def test_another_shape_is_refused(base: UNet2DConditionModel, tiny_sd_folder: Path) -> None:
     other = UNet2DConditionModel.from_pretrained(tiny_sd_folder, subfolder="unet")
     with pytest.raises(ValueError, match=r"base has down_block_types .*; accepted: Stable Diffusion 1\.5's"):
         snapfusion_unet(other)
+    with pytest.raises(ValueError, match=r"base has block_repeats \{'mid_block\.resnets\.1': 0\}; accepted: \{\}"):
+        snapfusion_unet(with_repeats(base, {"mid_block.resnets.1": 0}))
+    assert counts(snapfusion_unet(with_repeats(base, {}))) == ([2, 2, 1, 7, 2, 3, 3], [0, 2, 2, 1, 6, 3, 0])
     with pytest.raises(ValueError, match="mid_resnets is 5; accepted: 7 or 4"):
         snapfusion_unet(mid_resnets=5)

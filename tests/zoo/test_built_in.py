@@ -16,6 +16,7 @@ from catimage_accel import Catalog, RoutedPipeline
 from catimage_accel.quality import CLIPScore, caption_accuracy
 from catimage_accel.zoo.measure import near_miss_captions
 from catimage_accel.zoo.render import render
+from catimage_accel.zoo.students import STUDENTS
 from catimage_accel.zoo.training.data import FIRST_MEASURED, held_out_captions, scene
 
 MEBIBYTE = 2**20
@@ -33,16 +34,21 @@ def test_files_are_what_their_checksums_say(catalog):
     assert sum(name.endswith(".safetensors") for name in listed) >= 6
 
 
-def test_weights_fit_into_forty_megabytes_and_are_never_pickles(catalog):
+def test_weights_are_small_and_never_pickles(catalog):
+    """40 MB for what is trained on scenes, 32 for the students made of it."""
     files = [path for path in catalog.folder.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 40 * MEBIBYTE
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    students = [path for path in weights if path.parent.name in {student.unet for student in STUDENTS} | {"vae_small"}]
+    assert len(students) == 3
+    assert sum(path.stat().st_size for path in set(weights) - set(students)) <= 40 * MEBIBYTE
+    assert sum(path.stat().st_size for path in students) <= 32 * MEBIBYTE
 
 
 def test_nine_candidates_of_both_samplers_with_deepcache_and_a_second_unet(catalog):
     assert len(catalog.candidates) >= 9
     assert {candidate.sampler for candidate in catalog.candidates} >= {"ddim", "dpmsolver++"}
-    assert {candidate.unet for candidate in catalog.candidates} == {"unet", "unet_small"}
+    assert {candidate.unet for candidate in catalog.candidates} >= {"unet", "unet_small", "unet_student", "unet_wide"}
     assert any("deepcache_interval" in candidate.options for candidate in catalog.candidates)
     assert set(catalog.costs) == {candidate.name for candidate in catalog.candidates}
 
@@ -54,6 +60,24 @@ def test_a_thousand_prompts_were_scored_with_every_candidate(catalog):
     assert len(prompts) >= 1000
     assert pairs == {(prompt, candidate.name) for prompt in prompts for candidate in catalog.candidates}
     assert np.isfinite(table["score"]).all()
+
+
+def test_diffusers_draws_with_the_student_and_its_decoder(catalog):
+    from diffusers import StableDiffusionPipeline
+
+    from catimage_accel import EfficientDecoderKL, EfficientUNet
+
+    model = catalog.folder / "model"
+    pipe = StableDiffusionPipeline.from_pretrained(
+        model, unet=EfficientUNet.from_pretrained(model, subfolder="unet_student"),
+        vae=EfficientDecoderKL.from_pretrained(model, subfolder="vae_small"),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    asked, other = "a lemon on a blue background", "three dogs on a green background"
+    drawn = pipe(asked, num_inference_steps=8, guidance_scale=4.0, generator=generator).images
+    judge = CLIPScore(catalog.judge_folder)
+    assert judge.score(drawn, [asked])[0] > judge.score(drawn, [other])[0]
 
 
 def test_figures_are_measured_on_captions_that_were_not_profiled(catalog):
