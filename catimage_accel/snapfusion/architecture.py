@@ -51,7 +51,7 @@ def snapfusion_unet(base: UNet2DConditionModel | None = None, *, mid_resnets: in
     one Transformer2DModel. The published table and the published number of parameters, 848 M, do not agree: with the 4
     middle ResNets of the table (1 on the way down, with the attention, 1 in the middle, 2 on the way up) it has 743 M,
     746 M with the attention on the way up instead, 12% less than published. Reading the middle's 4 as all 7 that were
-    there, the default, gives 854 M, 0.8% more than published; no other single count read differently comes within 1%.
+    there, the default, gives 854 M, 0.8% more than published; no other count put back to what it was is within 1%.
 
     ``base``, a UNet of Stable Diffusion 1.5's shape and of any width, gives the weights of all blocks that survive;
     those that are new change nothing at first. Without it the weights are random, at the full width. ValueError for a
