@@ -66,9 +66,10 @@ class StepLoss:
     From a latent ``z`` noised to a timestep ``t`` of the student's grid the teacher goes to the student's next timestep
     ``t''`` in ``teacher_steps / student_steps`` steps of equal length. The student's clean latents must be
     ``(z'' - r z) / (alpha'' - r alpha)`` with ``r = sigma'' / sigma``, weighted by ``max(alpha^2 / sigma^2, 1)``. With
-    ``cfg_probability`` a batch compares guided predictions of both instead, each row at a guidance scale drawn from
-    ``guidance``. The plain denoising loss of the same predictions is added, scaled to ``denoising_weight`` times the
-    distillation loss.
+    ``cfg_probability`` a batch compares guided predictions of both instead, each row at a guidance scale w drawn from
+    ``guidance``, its error divided by w: guidance multiplies errors as it does differences, and such batches would
+    drown the others. The plain denoising loss of the same predictions is added, scaled to ``denoising_weight`` times
+    the distillation loss.
     """
 
     source: Captioned
@@ -105,7 +106,7 @@ class StepLoss:
         with torch.no_grad():
             target = self.target(lambda sample, t: predict(self.teacher, sample, t, text)[0], noisy, now, after)
         velocity, conditional = predict(student, noisy, now, text)
-        weight = (alpha / sigma).square().clamp(min=1)
+        weight = (alpha / sigma).square().clamp(min=1) / (scale.square() if guided else 1)
         loss = (weight * (target - clean_from(noisy, velocity, alpha, sigma)).square()).mean()
         if self.denoising_weight == 0:
             return loss
