@@ -5,7 +5,8 @@
 Held-out captions that nothing was chosen on are drawn by every candidate, each caption from the same noise, with the
 engine that the catalog names as the fastest here. Told are, with 95% intervals by a bootstrap over captions: CLIPScore
 by the judge; FID over the judge's image features, against rendered scenes of the same captions; how often the judge
-picks the true caption among 16; and each one's difference from the first candidate. ``--seconds`` times all candidates
+picks the true caption among 16; and each one's difference from the first candidate. (A resample repeats captions, which
+raises every FID, so that only the intervals of its differences are shown.) ``--seconds`` times all candidates
 in turns, a batch of pictures each, decode included. What was drawn is kept in ``--work``.
 """
 
@@ -162,7 +163,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     head = ["candidate", "CLIPScore", "change", "FID", "change", "among 16"] + ["ms", "times as fast"] * timed
     title = "Changes are from the first candidate's; 95% intervals in brackets"
     print_table(title, head, [
-        [row["candidate"], told(row, "clip_score", ".4f"), change(row, "clip_score", ".4f"), told(row, "fid", ".4f"),
+        [row["candidate"], told(row, "clip_score", ".4f"), change(row, "clip_score", ".4f"), f"{row['fid']:.4f}",
          change(row, "fid", ".4f"), told(row, "accuracy", ".3f"),
          *([f"{row['ms']:.1f}", f"{row['times_as_fast']:.2f}"] if timed else [])]
         for row in rows

@@ -22,17 +22,16 @@ of all training; every figure below is on held-out meanings.
 **Pieces.** `model/` is a `StableDiffusionPipeline` folder: tokenizer, CLIP text encoder, teacher UNet
 (`unet`), AutoencoderKL, and a smaller UNet with the same text encoder (`unet_small`), trained on its own and for
 three quarters of the time on one or two objects, since easy prompts are what it is for. Made of the teacher by
-SnapFusion's methods are `unet_student`, an efficient UNet that takes 8 DDIM steps, `unet_wide`, the teacher's own
-architecture taught the same, and `vae_small`, whose decoder has half of the channels. `judge/` is a CLIP trained
-separately on rendered scenes; no picture is conditioned on it.
+SnapFusion's methods are `unet_efficient`, without 12 of the teacher's blocks, and `vae_small`, whose decoder has half
+of the channels. `judge/` is a CLIP trained separately on rendered scenes; no picture is conditioned on it.
 """
 
 _COMMANDS = """\
 The first four are made by `catimage zoo train PART`, in the order tokenizer, autoencoder, teacher, small, judge, with
 `--steps` as in the table; the others, in the order of the table, by `catimage distill` with the recipe of that name in
-`zoo/recipes` (`finetune` for those that end in v, `architecture` for efficient, `steps` for those that end in a number,
-`decoder`). Loss curves: `loss_curve` in `training.json`; the teacher's hold the place loss too (0.2
-times the distance between where a caption's noun is said to be and where it is).
+`zoo/recipes` (`finetune` for those that end in v, `architecture` for efficient, `decoder`). Loss curves: `loss_curve`
+in `training.json`; the teacher's hold the place loss too (0.2 times the distance between where a caption's noun is said
+to be and where it is).
 """
 
 

@@ -59,7 +59,7 @@ def students(
     catalog: Annotated[Path, typer.Argument(help="A packed catalog folder.")],
     work: Annotated[Path, typer.Option(help="Where `catimage distill` kept its runs.")],
 ) -> None:
-    """Pack the students and their decoder into CATALOG/students, and add them to its candidates."""
+    """Pack the efficient UNet and decoder into CATALOG/model, and add the candidates that use them."""
     from catimage_accel.catalog import Catalog
     from catimage_accel.zoo.students import pack_students
 

@@ -16,7 +16,7 @@ from catimage_accel import Catalog, RoutedPipeline
 from catimage_accel.quality import CLIPScore, caption_accuracy
 from catimage_accel.zoo.measure import near_miss_captions
 from catimage_accel.zoo.render import render
-from catimage_accel.zoo.students import STUDENTS
+from catimage_accel.zoo.students import PARTS
 from catimage_accel.zoo.training.data import FIRST_MEASURED, held_out_captions, scene
 
 MEBIBYTE = 2**20
@@ -35,20 +35,20 @@ def test_files_are_what_their_checksums_say(catalog):
 
 
 def test_weights_are_small_and_never_pickles(catalog):
-    """40 MB for what is trained on scenes, 32 for the students made of it."""
+    """40 MB for what is trained on scenes, 10 for what was made of it."""
     files = [path for path in catalog.folder.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     weights = [path for path in files if path.suffix == ".safetensors"]
-    students = [path for path in weights if path.parent.name in {student.unet for student in STUDENTS} | {"vae_small"}]
-    assert len(students) == 3
+    students = [path for path in weights if path.parent.name in PARTS.values()]
+    assert len(students) == 2
     assert sum(path.stat().st_size for path in set(weights) - set(students)) <= 40 * MEBIBYTE
-    assert sum(path.stat().st_size for path in students) <= 32 * MEBIBYTE
+    assert sum(path.stat().st_size for path in students) <= 10 * MEBIBYTE
 
 
 def test_nine_candidates_of_both_samplers_with_deepcache_and_a_second_unet(catalog):
     assert len(catalog.candidates) >= 9
     assert {candidate.sampler for candidate in catalog.candidates} >= {"ddim", "dpmsolver++"}
-    assert {candidate.unet for candidate in catalog.candidates} >= {"unet", "unet_small", "unet_student", "unet_wide"}
+    assert {candidate.unet for candidate in catalog.candidates} >= {"unet", "unet_small", "unet_efficient"}
     assert any("deepcache_interval" in candidate.options for candidate in catalog.candidates)
     assert set(catalog.costs) == {candidate.name for candidate in catalog.candidates}
 
@@ -62,14 +62,14 @@ def test_a_thousand_prompts_were_scored_with_every_candidate(catalog):
     assert np.isfinite(table["score"]).all()
 
 
-def test_diffusers_draws_with_the_student_and_its_decoder(catalog):
+def test_diffusers_draws_with_the_efficient_unet_and_decoder(catalog):
     from diffusers import StableDiffusionPipeline
 
     from catimage_accel import EfficientDecoderKL, EfficientUNet
 
     model = catalog.folder / "model"
     pipe = StableDiffusionPipeline.from_pretrained(
-        model, unet=EfficientUNet.from_pretrained(model, subfolder="unet_student"),
+        model, unet=EfficientUNet.from_pretrained(model, subfolder="unet_efficient"),
         vae=EfficientDecoderKL.from_pretrained(model, subfolder="vae_small"),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

@@ -1,0 +1,53 @@
+"""Students are packed beside the teacher: their weights, their records, their candidates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from catimage_accel import Catalog
+from catimage_accel.zoo.students import CANDIDATES, PARTS, RUNS, pack_students
+
+
+@pytest.fixture
+def catalog(tiny_catalog: Path, tmp_path: Path) -> Catalog:
+    shutil.copytree(tiny_catalog, tmp_path / "catalog")
+    (tmp_path / "catalog" / "training.json").write_text('{"teacher": {"seconds": 1}}')
+    return Catalog.load(tmp_path / "catalog", verify=False)
+
+
+@pytest.fixture
+def work(tiny_sd_folder: Path, tmp_path: Path) -> Path:
+    """The runs, all of them finished with the tiny pipeline's own parts."""
+    for run in RUNS:
+        (tmp_path / "work" / run).mkdir(parents=True)
+        (tmp_path / "work" / run / "run.json").write_text(json.dumps({"seconds": len(run)}))
+    for part in PARTS:
+        shutil.copytree(tiny_sd_folder / part.partition("/")[2], tmp_path / "work" / part)
+    return tmp_path / "work"
+
+
+def test_weights_records_and_candidates_are_there_afterwards(catalog: Catalog, work: Path) -> None:
+    pack_students(catalog, work)
+    packed = Catalog.load(catalog.folder, verify=False)
+    assert [one.name for one in packed.candidates][:-2] == [one.name for one in catalog.candidates]
+    assert packed.candidates[-2:] == CANDIDATES
+    for one in CANDIDATES:
+        for part in (one.unet, one.vae):
+            assert (packed.folder / "model" / part / "diffusion_pytorch_model.safetensors").is_file()
+    records = json.loads((packed.folder / "training.json").read_text())
+    assert set(records) == {"teacher", *RUNS}
+    assert pack_students(packed, work).candidates == packed.candidates  # once more changes nothing
+
+
+@pytest.mark.parametrize("missing", ["teacher-v/run.json", "decoder/vae/config.json"])
+def test_a_run_that_is_not_finished_is_named_before_anything_is_written(
+    catalog: Catalog, work: Path, missing: str
+) -> None:
+    (work / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{missing} is missing; finish that run"):
+        pack_students(catalog, work)
+    assert not (catalog.folder / "model" / CANDIDATES[0].unet).exists()
