@@ -34,7 +34,7 @@ from diffusers import (
 )
 
 from catimage_accel.catalog import Candidate, Catalog
-from catimage_accel.engines.loading import load_unet
+from catimage_accel.engines.loading import load_unet, load_vae
 from catimage_accel.executor import Executor, Job
 from catimage_accel.profiling import catalog_executor
 from catimage_accel.storage import write_atomic
@@ -92,23 +92,24 @@ def untrained(folder: Path) -> list[Candidate]:
 
 
 class DiffusersLoop:
-    """One pipeline a (model, UNet); the parts that UNets of one model have in common are shared."""
+    """One pipeline a (model, UNet, VAE); the parts that UNets of one model have in common are shared."""
 
     def __init__(self, candidates: list[Candidate], resolve: Callable[[str], Path]) -> None:
-        self._pipes: dict[tuple[str, str], StableDiffusionPipeline] = {}
+        self._pipes: dict[tuple[str, str, str], StableDiffusionPipeline] = {}
         for c in candidates:
-            if (c.model, c.unet) not in self._pipes:
+            if (c.model, c.unet, c.vae) not in self._pipes:
                 folder = resolve(c.model)
                 unet = load_unet(folder, c.unet, torch.float32)
-                pipe = StableDiffusionPipeline.from_pretrained(folder, unet=unet, safety_checker=None)
+                vae = load_vae(folder, torch.float32, c.vae)
+                pipe = StableDiffusionPipeline.from_pretrained(folder, unet=unet, vae=vae, safety_checker=None)
                 pipe.set_progress_bar_config(disable=True)
-                self._pipes[c.model, c.unet] = pipe
+                self._pipes[c.model, c.unet, c.vae] = pipe
 
     def draw(self, prompts: list[str], candidates: list[Candidate]) -> list[np.ndarray]:
         images: dict[int, np.ndarray] = {}
         for index in sorted(range(len(prompts)), key=lambda i: candidates[i].name):
             c = candidates[index]
-            pipe = self._pipes[c.model, c.unet]
+            pipe = self._pipes[c.model, c.unet, c.vae]
             pipe.scheduler = SCHEDULERS[c.sampler].from_config(pipe.scheduler.config)
             image = pipe(
                 prompts[index], num_inference_steps=c.steps, guidance_scale=c.guidance_scale,
