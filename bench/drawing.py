@@ -23,8 +23,8 @@ def draw(
 ) -> np.ndarray:
     """uint8 (prompts, 64, 64, 3), in chunks that are kept in the folder."""
     files = json.loads((catalog.folder / CHECKSUMS_FILE).read_text())["files"]
-    parts = (candidate.unet, candidate.vae, "text_encoder", "tokenizer", "scheduler")
-    used = tuple(f"{candidate.model}/{part}/" for part in parts)
+    used_parts = (candidate.unet, candidate.vae, "text_encoder", "tokenizer", "scheduler")
+    used = tuple(f"{candidate.model}/{part}/" for part in used_parts)
     models = [files[path]["sha256"] for path in sorted(files) if path.startswith(used)]
     kept.mkdir(parents=True, exist_ok=True)
     parts = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,15 @@ from pydantic import Field
 
 from catimage_accel.candidate import OWN_VAE, Candidate, CandidateFields, Name
 from catimage_accel.costs import COST_NAMES, CostUnit, Milliseconds, ranked_engines
-from catimage_accel.storage import Strict, read_json, validated, verify_files, write_atomic, write_checksums
+from catimage_accel.storage import (
+    Strict,
+    read_json,
+    read_toml,
+    validated,
+    verify_files,
+    write_atomic,
+    write_checksums,
+)
 
 if TYPE_CHECKING:
     from catimage_accel.routing import Ratings, Router, ScoreTable
@@ -88,12 +95,7 @@ class Catalog:
         """
         folder = _find_folder(source)
         path = folder / CATALOG_FILE
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is missing; a catalog is a folder with {CATALOG_FILE}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not valid TOML: {error}") from None
+        values = read_toml(path, f"a catalog is a folder with {CATALOG_FILE}")
         if verify:
             verify_files(folder)
         fields = validated(_CatalogFields, values, str(path))
@@ -247,11 +249,16 @@ class Catalog:
         write_checksums(self.folder)
 
 
+def built_in_folder() -> Path:
+    """The folder of the built-in catalog."""
+    return Path(__file__).parent / "zoo" / BUILT_IN
+
+
 def _find_folder(source: str | os.PathLike[str]) -> Path:
     if not isinstance(source, (str, os.PathLike)) or source == "":
         raise ValueError(f"catalog is {source!r}; accepted: a folder, a hub id, or {BUILT_IN!r}")
     if source == BUILT_IN:
-        return Path(__file__).parent / "zoo" / BUILT_IN
+        return built_in_folder()
     folder = Path(source)
     if folder.is_dir():
         return folder

@@ -16,6 +16,7 @@ from catimage_accel.extended_config import extends_config
 
 __all__ = ["EfficientDecoderKL"]
 
+
 @extends_config
 class EfficientDecoderKL(AutoencoderKL):
     """``AutoencoderKL`` with two more config keys, saved and loaded as it is.

@@ -7,7 +7,6 @@ EfficientUNet is a ``UNet2DConditionModel`` with one more config key, ``block_re
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +21,6 @@ from catimage_accel.extended_config import extends_config
 __all__ = ["EfficientUNet", "left_out", "removable_blocks", "repeatable_blocks", "with_repeats"]
 
 MOST_COPIES = 8
-_BLOCK = re.compile(r"(?:(?P<side>down|up)_blocks\.\d+|mid_block)\.(?P<kind>resnets|attentions)\.\d+")
 REPEATS_KEY = "block_repeats"
 
 
@@ -96,13 +94,30 @@ def left_out(unet: UNet2DConditionModel, path: str) -> nn.Module:
 
 def removable_blocks(unet: UNet2DConditionModel) -> list[str]:
     """The paths of the blocks that can be left out, in the order in which they run."""
-    return [path for path in _blocks(unet) if _hidden_channels(unet, path) == _out_channels(unet.get_submodule(path))]
+    paths = repeatable_blocks(unet)
+    return [path for path in paths if _hidden_channels(unet, path) == _out_channels(unet.get_submodule(path))]
 
 
 def repeatable_blocks(unet: UNet2DConditionModel) -> list[str]:
-    """The paths of the blocks that can run several times over, in the order in which they run."""
-    return _blocks(unet)
+    """The paths of the blocks that can run several times over, in the order in which they run.
 
+    Stage by stage: ResNet i, then the attention behind it; in a mid block the first ResNet stands alone.
+    """
+    stages = [(f"down_blocks.{index}", stage) for index, stage in enumerate(unet.down_blocks)]
+    if unet.mid_block is not None:
+        stages.append(("mid_block", unet.mid_block))
+    stages += [(f"up_blocks.{index}", stage) for index, stage in enumerate(unet.up_blocks)]
+    found = []
+    for name, stage in stages:
+        resnets, attentions = list(stage.resnets), list(getattr(stage, "attentions", None) or [])
+        offset = 1 if name == "mid_block" else 0
+        for index, resnet in enumerate(resnets):
+            if offset and index > 0 and index - 1 < len(attentions):
+                found += [f"{name}.attentions.{index - 1}"] if _is_block(attentions[index - 1]) else []
+            found += [f"{name}.resnets.{index}"] if _is_block(resnet) else []
+            if not offset and index < len(attentions) and _is_block(attentions[index]):
+                found.append(f"{name}.attentions.{index}")
+    return found
 
 def with_repeats(unet: UNet2DConditionModel, block_repeats: Mapping[str, int]) -> EfficientUNet:
     """A new network with ``unet``'s weights where its blocks survive; it predicts what ``unet`` does with those alone.
@@ -150,25 +165,6 @@ def _fill_copies(repeated: Any, new: set[int]) -> None:
         nn.init.zeros_(last.weight)
         if last.bias is not None:
             nn.init.zeros_(last.bias)
-
-
-def _blocks(unet: UNet2DConditionModel) -> list[str]:
-    """Stage by stage: ResNet i, then the attention behind it; in a mid block the first ResNet stands alone."""
-    stages = [(f"down_blocks.{index}", stage) for index, stage in enumerate(unet.down_blocks)]
-    if unet.mid_block is not None:
-        stages.append(("mid_block", unet.mid_block))
-    stages += [(f"up_blocks.{index}", stage) for index, stage in enumerate(unet.up_blocks)]
-    found = []
-    for name, stage in stages:
-        resnets, attentions = list(stage.resnets), list(getattr(stage, "attentions", None) or [])
-        offset = 1 if name == "mid_block" else 0
-        for index, resnet in enumerate(resnets):
-            if offset and index > 0 and index - 1 < len(attentions):
-                found += [f"{name}.attentions.{index - 1}"] if _is_block(attentions[index - 1]) else []
-            found += [f"{name}.resnets.{index}"] if _is_block(resnet) else []
-            if not offset and index < len(attentions) and _is_block(attentions[index]):
-                found.append(f"{name}.attentions.{index}")
-    return found
 
 
 def _is_block(module: nn.Module | None) -> bool:
@@ -227,7 +223,7 @@ def _another(block: nn.Module) -> nn.Module:
 
 
 def _check(unet: UNet2DConditionModel, path: str, copies: int) -> None:
-    known = _blocks(unet)
+    known = repeatable_blocks(unet)
     if path not in known:
         raise ValueError(f"block_repeats names {path!r}; accepted: {', '.join(known)}")
     if isinstance(copies, bool) or not isinstance(copies, int) or not 0 <= copies <= MOST_COPIES:

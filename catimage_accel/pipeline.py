@@ -17,7 +17,7 @@ from torch import Tensor
 from catimage_accel.arguments import check_prompts, find_device, generators_for, is_whole
 from catimage_accel.catalog import BUILT_IN, Candidate, Catalog
 from catimage_accel.choosing import Chooser, Policy
-from catimage_accel.engines.loading import latent_size, read_config
+from catimage_accel.engines.loading import latent_size, pixels_per_latent, read_config
 from catimage_accel.executor import Finished, Job, Step
 from catimage_accel.profiling import catalog_executor
 
@@ -276,7 +276,7 @@ class RoutedPipeline:
         model = self.catalog.resolve_model(candidate.model)
         unet = read_config(model / candidate.unet / "config.json")
         vae = read_config(model / candidate.vae / "config.json")
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        factor = pixels_per_latent(vae)
         sides = []
         for name, pixels, own in zip(
             ("height", "width"), (height, width), latent_size(unet), strict=True

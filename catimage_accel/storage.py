@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tomllib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKSUMS_FILE = "checksums.json"
 
@@ -76,12 +81,37 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
+def read_toml(path: Path, wanted: str) -> dict[str, Any]:
+    """The values in a TOML file; FileNotFoundError, which says what is ``wanted``, or ValueError, one line each."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; {wanted}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes ``content`` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file in the same way."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary, dict(metadata or {}))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, which it replaces in the end; removed if it can't be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

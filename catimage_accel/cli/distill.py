@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from catimage_accel.cli.console import say
+from catimage_accel.cli.console import loading, say
 
 if TYPE_CHECKING:
     import torch
@@ -70,19 +70,18 @@ def _run(
     recipe: Path, work: Path | None, steps: int | None, device: str, threads: int,
 ) -> None:  # fmt: skip
     """A run that Ctrl-C, or SIGTERM, ends with a checkpoint; the same command then goes on."""
-    import signal
-
-    import torch
     from platformdirs import user_cache_path
 
     from catimage_accel.arguments import find_device
     from catimage_accel.snapfusion.recipes import find_recipe
+    from catimage_accel.training.process import prepare_process
 
     found = find_recipe(recipe)
-    if threads:
-        torch.set_num_threads(threads)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    prepare_process(threads)
+    with loading(f"recipe {found.stem}"):
+        from diffusers.utils import logging
+
+        logging.set_verbosity_error()  # it warns whenever a model changes its type, which training does on purpose
     folder = work or user_cache_path("catimage-accel") / "distill"
     folder.mkdir(parents=True, exist_ok=True)
     say(f"written to {train(found, folder, find_device(device), steps)}")

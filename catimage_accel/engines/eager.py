@@ -21,6 +21,7 @@ from catimage_accel.engines.loading import (
     load_component,
     load_unet,
     load_vae,
+    pixels_per_latent,
     read_config,
 )
 from catimage_accel.engines.protocol import DeepFeatures, KeyValue, TextBatch, TextState
@@ -42,7 +43,7 @@ class SharedParts:
         self.model, self.dtype, self.device = model, dtype, device
         self.tokenizer = CLIPTokenizer.from_pretrained(str(model), subfolder="tokenizer", local_files_only=True)
         self.text_encoder = load_component(CLIPTextModel, model, "text_encoder", dtype).to(device)
-        self.scale_factor: int = 2 ** (len(read_config(model / OWN_VAE / "config.json")["block_out_channels"]) - 1)
+        self.scale_factor = pixels_per_latent(read_config(model / OWN_VAE / "config.json"))
         self._vaes: dict[str, Any] = {}
         self._hidden: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 

@@ -14,7 +14,7 @@ from catimage_accel.candidate import OWN_VAE, QUANTIZED_PRECISIONS
 
 __all__ = [
     "PRECISIONS", "check_model_folder", "check_precision", "latent_size", "load_component", "load_unet",
-    "load_vae", "model_class", "read_config",
+    "load_vae", "model_class", "pixels_per_latent", "read_config",
 ]  # fmt: skip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,10 +124,15 @@ def latent_size(unet_config: Mapping[str, Any]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def pixels_per_latent(vae_config: Mapping[str, Any]) -> int:
+    """Pixels a latent along each side, of a VAE's config; diffusers' own number of blocks where it doesn't say."""
+    return int(2 ** (len(vae_config.get("block_out_channels", (64,))) - 1))
+
+
 def _latents_of(path: Path) -> tuple[int, int]:
     """(channels, pixels a latent along each side) of a VAE's config; diffusers' own where it doesn't say."""
     config = read_config(path)
-    return config.get("latent_channels", 4), 2 ** (len(config.get("block_out_channels", (64,))) - 1)
+    return config.get("latent_channels", 4), pixels_per_latent(config)
 
 
 def _weight_variant(folder: Path, part: str) -> str | None:

@@ -217,7 +217,7 @@ class Flight:
         """Decodes together; if that fails, one by one, so that only those at fault have no image."""
         try:
             with torch.inference_mode():
-                images = _to_bytes(engine.decode(torch.stack([slot.sample for slot in slots]), vae))
+                images = to_bytes(engine.decode(torch.stack([slot.sample for slot in slots]), vae))
         except Exception as error:
             for slot in slots:
                 if len(slots) == 1:
@@ -234,6 +234,6 @@ class Flight:
         self._finished.append(Finished(job.key, job, None, milliseconds, latents, error))
 
 
-def _to_bytes(images: Tensor) -> Tensor:
+def to_bytes(images: Tensor) -> Tensor:
     """uint8 (n, height, width, 3) of (n, 3, height, width) in [-1, 1]; rounds as diffusers' image processor does."""
     return (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().to(torch.uint8).contiguous()

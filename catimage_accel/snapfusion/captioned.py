@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from catimage_accel.engines.loading import load_vae
 from catimage_accel.quantize.quantization import weights_sha256
-from catimage_accel.storage import file_sha256
+from catimage_accel.storage import file_sha256, write_tensors
 
 METADATA_FILE = "metadata.jsonl"
 ENCODE_BATCH = 16
@@ -50,10 +49,7 @@ class PictureFolder:
         self.name = f"{made_from}-{size}"
         path = cache / f"latents-{self.name}.safetensors"
         if not path.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file({"latents": _encode([file for file, _ in rows], model, size, device)}, partial)
-            os.replace(partial, path)
+            write_tensors(path, {"latents": _encode([file for file, _ in rows], model, size, device)})
         self.latents = load_file(path)["latents"]
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
@@ -86,12 +82,12 @@ def _read_metadata(folder: Path) -> list[tuple[Path, str]]:
 
 @torch.inference_mode()
 def _encode(files: list[Path], model: Path, size: int, device: torch.device) -> Tensor:
-    vae = AutoencoderKL.from_pretrained(str(model), subfolder="vae", local_files_only=True).to(device)
+    vae = load_vae(model, torch.float32).to(device)
     parts = []
     for start in track(range(0, len(files), ENCODE_BATCH), f"encoding {len(files)} pictures"):
         pixels = torch.stack([_pixels(file, size) for file in files[start : start + ENCODE_BATCH]]).to(device)
         parts.append((vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).to("cpu", torch.bfloat16))
-    return torch.cat(parts).contiguous()
+    return torch.cat(parts)
 
 
 def _pixels(file: Path, size: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from catimage_accel.engines.loading import load_component
 from catimage_accel.training.config import TRAINING_ATTENTION
 
 
@@ -16,9 +17,8 @@ class FrozenText:
 
     def __init__(self, model: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.tokenizer = CLIPTokenizer.from_pretrained(str(model), subfolder="tokenizer", local_files_only=True)
-        encoder = CLIPTextModel.from_pretrained(str(model), subfolder="text_encoder", local_files_only=True)
-        encoder.set_attn_implementation(TRAINING_ATTENTION)
-        self.encoder = encoder.eval().requires_grad_(False).to(device, dtype)
+        self.encoder = load_component(CLIPTextModel, model, "text_encoder", torch.float32).to(device, dtype)
+        self.encoder.set_attn_implementation(TRAINING_ATTENTION)
         self.device = device
         self._empty = self.encode([""])
 

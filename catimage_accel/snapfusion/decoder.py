@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -18,12 +17,12 @@ from torch.nn import functional as F
 from catimage_accel.efficient_decoder import EfficientDecoderKL
 from catimage_accel.quantize.quantization import weights_sha256
 from catimage_accel.snapfusion.generation import generated_latents
-from catimage_accel.snapfusion.preview import grid
+from catimage_accel.snapfusion.preview import decode_scaled, decoded_pictures, grid
 from catimage_accel.snapfusion.pruning import pruned_decoder
 from catimage_accel.snapfusion.recipes import DecoderRecipe, read_recipe
 from catimage_accel.snapfusion.run import Run
-from catimage_accel.training.config import TrainConfig
-from catimage_accel.training.loop import PRECISIONS, Trainer
+from catimage_accel.training.config import PRECISIONS, TrainConfig
+from catimage_accel.training.loop import Trainer
 from catimage_accel.training.record import run_record
 
 HELD_OUT_SHARE = 0.05
@@ -49,7 +48,6 @@ def distill_decoder(
     _check(latents, vae)
     held_out = max(1, round(HELD_OUT_SHARE * len(latents)))
     seen, unseen = latents[:-held_out], latents[-held_out:]
-    scaling = vae.config.scaling_factor
     teacher = vae.eval().requires_grad_(False).to(device)
     student.requires_grad_(False)
     for part in (student.decoder, student.post_quant_conv):
@@ -58,7 +56,7 @@ def distill_decoder(
 
     def validate(step: int) -> dict[str, float]:
         shown = unseen[:SHOWN].to(device)
-        pictures = [*_pictures(teacher, shown), *_pictures(student, shown)]
+        pictures = [*decoded_pictures(teacher, shown), *decoded_pictures(student, shown)]
         target = folder / "validation"
         target.mkdir(parents=True, exist_ok=True)
         grid(pictures, len(shown)).save(target / f"step-{step:06d}.png")
@@ -67,15 +65,14 @@ def distill_decoder(
     digest = hashlib.sha256(latents.float().contiguous().numpy().tobytes()).hexdigest()[:16]
     told = {**(recipe or {}), "latents": digest}
     trainer = Trainer(student, config, folder, device, folder.name, recipe=told, validate=validate)
-    dtype = PRECISIONS[config.precision]
-    teacher = teacher.to(dtype)
+    teacher = teacher.to(PRECISIONS[config.precision])
 
     def loss_fn(_: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(seen), (config.batch_size,), generator=generator)
-        given = (seen[index].to(device) / scaling).to(dtype)
+        given = seen[index].to(device)
         with torch.no_grad():
-            wanted = teacher.decode(given).sample.float()
-        made = student.decode(given).sample.float()
+            wanted = decode_scaled(teacher, given)
+        made = decode_scaled(student, given)
         return F.l1_loss(made, wanted) + SQUARED_WEIGHT * F.mse_loss(made, wanted)
 
     trainer.run(loss_fn)
@@ -104,19 +101,9 @@ def psnr_between(whole: AutoencoderKL, student: AutoencoderKL, latents: Tensor, 
     """Mean over pictures of the PSNR in dB, peak 255, of ``student``'s pictures of ``latents`` against ``whole``'s."""
     values = []
     for part in latents.split(batch):
-        wanted, made = (_decoded(vae, part) for vae in (whole, student))
+        wanted, made = (decode_scaled(vae, part).clamp(-1, 1) for vae in (whole, student))
         values.append(-10 * ((wanted - made) / 2).square().mean(dim=(1, 2, 3)).clamp(min=1e-12).log10())
     return float(torch.cat(values).mean())
-
-
-def _decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
-
-
-@torch.no_grad()
-def _pictures(vae: AutoencoderKL, latents: Tensor) -> list[np.ndarray]:
-    pixels = ((_decoded(vae, latents) + 1) * 127.5).round().to("cpu", torch.uint8)
-    return list(pixels.permute(0, 2, 3, 1).numpy())
 
 
 def _check(latents: Tensor, vae: AutoencoderKL) -> None:

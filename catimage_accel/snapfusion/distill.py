@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 
-from catimage_accel.snapfusion.losses import Denoiser, DenoisingLoss, StepLoss, check_steps, denoiser_of
+from catimage_accel.snapfusion.losses import DenoisingLoss, StepLoss, check_steps, denoiser_of
 from catimage_accel.snapfusion.recipes import FinetuneRecipe, StepsRecipe, read_recipe
-from catimage_accel.snapfusion.run import Run
+from catimage_accel.snapfusion.run import RESULT, Run
 from catimage_accel.training.loop import Trainer
 from catimage_accel.training.record import run_record
 
-Loss = Callable[[Denoiser, torch.Generator], Tensor]
 PREVIEW_STEPS = 25
 
 
@@ -76,4 +73,6 @@ def _train(
     denoiser = denoiser_of(trainer.forward, run.dtype)
     trainer.run(lambda _, generator: loss(denoiser, generator))
     student.float().load_state_dict(trainer.ema_state())
-    return run.write(student, told | run_record(run.folder, config, run.device))
+    if trainer.accelerator.is_main_process:
+        run.write(student, told | run_record(run.folder, config, run.device))
+    return run.folder / RESULT

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from catimage_accel.candidate import Candidate
 from catimage_accel.quantize.quantization import weights_sha256
-from catimage_accel.storage import file_sha256
+from catimage_accel.storage import file_sha256, write_tensors
 
 CHUNK = 100
 
@@ -59,9 +58,6 @@ def generated_latents(
                     raise finished.error
                 assert finished.latents is not None
                 found[finished.key] = finished.latents.cpu()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file({"latents": torch.stack([found[index] for index in range(len(chunk))]).contiguous()}, partial)
-            os.replace(partial, path)
+            write_tensors(path, {"latents": torch.stack([found[index] for index in range(len(chunk))])})
         parts.append(load_file(path)["latents"])
     return torch.cat(parts)

@@ -30,7 +30,7 @@ def denoiser_of(unet: torch.nn.Module, dtype: torch.dtype) -> Denoiser:
 class DenoisingLoss:
     """The mean squared error of v on noised training latents, and optionally of what a teacher says of them.
 
-    One timestep is drawn from each of ``batch_size`` equal strata. With ``teacher_weight`` w the target is
+    Timesteps are stratified over a batch. With ``teacher_weight`` w the target is
     ``(1 - w) * v + w * the teacher's v``: the mean squared error to it has the gradient of the two errors mixed so.
     """
 
@@ -47,9 +47,7 @@ class DenoisingLoss:
         clean, captions = self.source.batch(self.batch_size, generator)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         clean = clean.to(device)
-        strata = torch.arange(self.batch_size) + torch.rand(self.batch_size, generator=generator)
-        last = self.schedule.timesteps - 1
-        timestep = (strata / self.batch_size * self.schedule.timesteps).long().clamp(max=last).to(device)
+        timestep = stratified_timesteps(self.batch_size, self.schedule.timesteps, generator).to(device)
         alpha, sigma = self.schedule.rates(timestep)
         text = self.text.encode(with_dropout(captions, self.caption_dropout, generator))
         noisy, target = alpha * clean + sigma * noise, alpha * noise - sigma * clean
@@ -100,12 +98,19 @@ class StepLoss:
         scale = low + (high - low) * torch.rand(self.batch_size, 1, 1, 1, generator=generator).to(device)
         captions = captions if guided else with_dropout(captions, self.caption_dropout, generator)
         text = self.text.encode(captions)
-        predict = _Guidance(scale, self.text.empty(self.batch_size)) if guided else _unguided
+        empty = self.text.empty(self.batch_size)
+
+        def predict(model: Denoiser, sample: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+            if guided:
+                return guided_velocity(model, sample, timestep, text, empty, scale)
+            velocity = model(sample, timestep, text)
+            return velocity, velocity
+
         alpha, sigma = self.schedule.rates(now)
         noisy = alpha * clean + sigma * noise
         with torch.no_grad():
-            target = self.target(lambda sample, t: predict(self.teacher, sample, t, text)[0], noisy, now, after)
-        velocity, conditional = predict(student, noisy, now, text)
+            target = self.target(lambda sample, t: predict(self.teacher, sample, t)[0], noisy, now, after)
+        velocity, conditional = predict(student, noisy, now)
         weight = (alpha / sigma).square().clamp(min=1) / (scale.square() if guided else 1)
         loss = (weight * (target - clean_from(noisy, velocity, alpha, sigma)).square()).mean()
         if self.denoising_weight == 0:
@@ -136,19 +141,19 @@ def check_steps(teacher_steps: int, student_steps: int) -> None:
         )
 
 
-def _unguided(model: Denoiser, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    velocity = model(sample, timestep, text)
-    return velocity, velocity
+def stratified_timesteps(batch_size: int, timesteps: int, generator: torch.Generator) -> Tensor:
+    """One timestep from each of ``batch_size`` equal strata, int64: the expectation of any, with less variance."""
+    strata = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
+    return (strata / batch_size * timesteps).long().clamp(max=timesteps - 1)
 
 
-@dataclass(eq=False)
-class _Guidance:
-    """Classifier-free guidance (arXiv 2207.12598) at one scale a row: the guided v, and the conditional one."""
+def guided_velocity(
+    model: Denoiser, sample: Tensor, timestep: Tensor, text: Tensor, empty: Tensor, scale: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Classifier-free guidance (arXiv 2207.12598): the guided v, and the conditional one.
 
-    scale: Tensor
-    empty: Tensor
-
-    def __call__(self, model: Denoiser, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        both = model(sample.repeat(2, 1, 1, 1), timestep.repeat(2), torch.cat([self.empty, text]))
-        unconditional, conditional = both.chunk(2)
-        return unconditional + self.scale * (conditional - unconditional), conditional
+    ``empty`` is the text state that it leads away from, a row each; ``scale`` one number or one a row, (n, 1, 1, 1).
+    """
+    both = model(sample.repeat(2, 1, 1, 1), timestep.repeat(2), torch.cat([empty, text]))
+    unconditional, conditional = both.chunk(2)
+    return unconditional + scale * (conditional - unconditional), conditional

@@ -12,9 +12,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from catimage_accel.executor.flight import to_bytes
 from catimage_accel.quality import CLIPScore
 from catimage_accel.snapfusion.conditioning import FrozenText
-from catimage_accel.snapfusion.losses import Denoiser
+from catimage_accel.snapfusion.losses import Denoiser, guided_velocity
 from catimage_accel.snapfusion.schedule import VelocitySchedule, ddim_step
 
 BATCH = 16
@@ -38,9 +39,8 @@ class Preview:
         seed: int = 0,
     ) -> None:
         self.prompts, self.schedule, self.vae = list(prompts), schedule, vae
-        self.device = schedule.alpha.device
         noise = torch.randn((len(self.prompts), *shape), generator=torch.Generator().manual_seed(seed))
-        self._noise = noise.to(self.device)
+        self._noise = noise.to(schedule.alpha.device)
         self._hidden, self._text = text.encode(self.prompts), text
         self._judge = None if judge is None else CLIPScore(judge)
 
@@ -59,19 +59,11 @@ class Preview:
     def _guided(self, denoiser: Denoiser, sample: Tensor, now: Tensor, hidden: Tensor, scale: float) -> Tensor:
         if scale <= 1:
             return denoiser(sample, now, hidden)
-        both = denoiser(sample.repeat(2, 1, 1, 1), now.repeat(2), torch.cat([self._text.empty(len(sample)), hidden]))
-        unconditional, conditional = both.chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        return guided_velocity(denoiser, sample, now, hidden, self._text.empty(len(sample)), scale)[0]
 
-    @torch.no_grad()
     def pictures(self, latents: Tensor) -> list[np.ndarray]:
         """uint8 (height, width, 3), one a prompt."""
-        found: list[np.ndarray] = []
-        for part in latents.split(BATCH):
-            images = self.vae.decode(part / self.vae.config.scaling_factor).sample.float()
-            pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-            found += list(pixels.permute(0, 2, 3, 1).numpy())
-        return found
+        return decoded_pictures(self.vae, latents)
 
     def score(self, denoiser: Denoiser, steps: int, guidance_scale: float) -> float:
         """The mean CLIPScore by the judge."""
@@ -95,6 +87,20 @@ class Preview:
             return {} if self._judge is None else {"clip_score": float(self.scores(pictures).mean())}
 
         return validate
+
+
+@torch.no_grad()
+def decoded_pictures(vae: AutoencoderKL, latents: Tensor) -> list[np.ndarray]:
+    """uint8 (height, width, 3) each, of latents (n, C, h, w) scaled as a UNet gives them."""
+    found: list[np.ndarray] = []
+    for part in latents.split(BATCH):
+        found += list(to_bytes(decode_scaled(vae, part)).cpu().numpy())
+    return found
+
+
+def decode_scaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images (n, 3, height, width), float32 around [-1, 1], of latents scaled as a UNet gives them."""
+    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int = COLUMNS) -> Image.Image:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from catimage_accel.efficient_decoder import EfficientDecoderKL
 
-_OWN = ("decoder_block_out_channels", "decoder_norm_num_groups")
 Channels: TypeAlias = Tensor
 """Indices of kept channels, ascending, int64."""
 
@@ -34,14 +33,16 @@ def pruned_decoder(vae: AutoencoderKL, keep: float = 0.5) -> EfficientDecoderKL:
         raise ValueError(f"keep is {keep}, which leaves {narrow} of {wide} channels; accepted: at least 1 in a block")
     common = math.gcd(*narrow)
     groups = max(number for number in range(1, vae.config.norm_num_groups + 1) if common % number == 0)
-    config = {key: value for key, value in vae.config.items() if not key.startswith("_") and key not in _OWN}
-    made = EfficientDecoderKL(decoder_block_out_channels=tuple(narrow), decoder_norm_num_groups=groups, **config)
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    config |= {"decoder_block_out_channels": tuple(narrow), "decoder_norm_num_groups": groups}
+    made = EfficientDecoderKL(**config)
     made = made.to(device=vae.device, dtype=vae.dtype)
     for part in ("encoder", "quant_conv", "post_quant_conv"):
         if getattr(vae, part, None) is not None:
             getattr(made, part).load_state_dict(getattr(vae, part).state_dict())
     _copy_decoder(vae.decoder, made.decoder)
     return made.train(vae.training)
+
 
 @torch.no_grad()
 def _copy_decoder(old: nn.Module, new: nn.Module) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
-from catimage_accel.storage import Strict, validated
+from catimage_accel.catalog import BUILT_IN, built_in_folder
+from catimage_accel.storage import Strict, read_toml, validated
 from catimage_accel.training.config import TrainConfig
 
-BUILT_IN = "emoji"
 RUN_PREFIX = "run:"
 
 Text = Annotated[str, Field(min_length=1)]
@@ -145,13 +144,7 @@ R = TypeVar("R", FinetuneRecipe, StepsRecipe, ArchitectureRecipe, DecoderRecipe)
 
 def read_recipe(path: Path, kind: type[R]) -> R:
     """The recipe in ``path``; FileNotFoundError, or ValueError naming the first thing that is wrong with it."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; a recipe is a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
-    return validated(kind, values, str(path))
+    return validated(kind, read_toml(path, "a recipe is a TOML file"), str(path))
 
 
 def find_recipe(given: Path) -> Path:
@@ -167,4 +160,4 @@ def find_recipe(given: Path) -> Path:
 
 def shipped() -> Path:
     """The folder of the recipes that made the built-in catalog's students."""
-    return Path(__file__).parents[1] / "zoo" / "recipes"
+    return built_in_folder().parent / "recipes"

@@ -14,15 +14,16 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from catimage_accel.engines.loading import latent_size, load_unet, load_vae, read_config
+from catimage_accel.catalog import BUILT_IN, built_in_folder
+from catimage_accel.engines.loading import latent_size, load_unet, load_vae, pixels_per_latent, read_config
 from catimage_accel.quantize.quantization import weights_sha256
 from catimage_accel.snapfusion.captioned import Captioned, PictureFolder
 from catimage_accel.snapfusion.conditioning import FrozenText
 from catimage_accel.snapfusion.preview import Preview
-from catimage_accel.snapfusion.recipes import BUILT_IN, RUN_PREFIX, Validation
+from catimage_accel.snapfusion.recipes import RUN_PREFIX, Validation
 from catimage_accel.snapfusion.schedule import VelocitySchedule
 from catimage_accel.storage import write_atomic
-from catimage_accel.training.loop import PRECISIONS
+from catimage_accel.training.config import PRECISIONS
 from catimage_accel.training.record import RECORD_FILE
 
 RESULT = "unet"
@@ -49,7 +50,7 @@ class Run:
     @cached_property
     def model(self) -> Path:
         """The diffusers folder; FileNotFoundError if it is none."""
-        folder = built_in_model() if self.model_name == BUILT_IN else self.path.parent / self.model_name
+        folder = built_in_folder() / "model" if self.model_name == BUILT_IN else self.path.parent / self.model_name
         if not (folder / "scheduler" / "scheduler_config.json").is_file():
             raise FileNotFoundError(
                 f"{self.path}: model is {self.model_name!r}, but {folder} is no diffusers folder; accepted: one with "
@@ -77,7 +78,7 @@ class Run:
 
             return CaptionedScenes(self.work, self.vae, teacher_weight)
         height, _ = latent_size(read_config(self.model / "unet" / "config.json"))
-        pixels = height * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        pixels = height * pixels_per_latent(self.vae.config)
         return PictureFolder(self.path.parent / data, self.model, pixels, self.work, self.device)
 
     def unet_folder(self, name: str) -> tuple[Path, str]:
@@ -150,7 +151,7 @@ class Run:
         return lines[:number]
 
     def judge(self, name: str) -> Path:
-        return built_in_model().parent / "judge" if name == BUILT_IN else self.path.parent / name
+        return built_in_folder() / "judge" if name == BUILT_IN else self.path.parent / name
 
     def write(self, model: UNet2DConditionModel | AutoencoderKL, facts: dict[str, Any], name: str = RESULT) -> Path:
         """Keeps the finished model as ``folder/name`` (float16) with ``run.json``, the old one replaced as a whole."""
@@ -162,8 +163,3 @@ class Run:
             shutil.rmtree(final)
         os.replace(partial, final)
         return final
-
-
-def built_in_model() -> Path:
-    """The diffusers folder of the built-in catalog."""
-    return Path(__file__).parents[1] / "zoo" / BUILT_IN / "model"

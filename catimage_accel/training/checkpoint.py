@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from catimage_accel.storage import write_tensors
 from catimage_accel.training.config import MAY_CHANGE, TrainConfig
 
 
@@ -29,9 +29,7 @@ def write_checkpoint(
         "step": str(step), "seconds": str(seconds), "config": json.dumps(asdict(config)),
         "recipe": json.dumps(dict(recipe), sort_keys=True),
     }  # fmt: skip
-    partial = path.with_suffix(".partial")
-    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
+    write_tensors(path, tensors, metadata)
 
 
 def read_checkpoint(

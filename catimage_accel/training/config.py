@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 # What may differ between a checkpoint's settings and those of the run that goes on from it.
 MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "validate_every")
+
+# What a model may compute in.
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Plain matrix products: at these lengths the backward pass of torch's fused attention is several times slower on a CPU.
 TRAINING_ATTENTION = "eager"
@@ -36,8 +41,8 @@ class TrainConfig:
     precision: str = "bf16"
 
     def __post_init__(self) -> None:
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision is {self.precision!r}; accepted: bf16, fp32")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; accepted: {', '.join(PRECISIONS)}")
         for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: a whole number from 1")

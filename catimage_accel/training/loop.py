@@ -22,13 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from catimage_accel.training.checkpoint import read_checkpoint, write_checkpoint
-from catimage_accel.training.config import TrainConfig
+from catimage_accel.training.config import PRECISIONS, TrainConfig
 
 LossFn = Callable[[int, torch.Generator], torch.Tensor]
 Validate = Callable[[int], Mapping[str, float]]
 
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class TrainingDiverged(ValueError):

@@ -30,19 +30,14 @@ def train(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
 ) -> None:
     """Train one piece; run it again after an interruption and it goes on from its last checkpoint."""
-    import signal
-
     import torch
 
+    from catimage_accel.training.process import prepare_process
     from catimage_accel.zoo.training.parts import train_part
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but torch sees no CUDA device; accepted here: cpu")
-    if threads:
-        torch.set_num_threads(threads)
-    # A shell's background job ignores SIGINT, a service manager sends SIGTERM: either is to leave a checkpoint behind.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    prepare_process(threads)
     train_part(part, work_folder(work), torch.device(device), steps)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from catimage_accel.storage import write_tensors
 from catimage_accel.zoo.captions import caption
 from catimage_accel.zoo.scenes import Scene, SceneSpec
 from catimage_accel.zoo.training.autoencoder import encode
@@ -60,8 +61,7 @@ def _latents(cache: Path, vae: AutoencoderKL, scenes: int) -> Tensor:
     path = cache / f"latents-{scenes}-{digest.hexdigest()[:12]}.safetensors"
     if not path.exists():
         pictures = rendered(scenes, "train", cache)
-        latents = (encode(vae.to(torch.bfloat16), pictures) * vae.config.scaling_factor).to(torch.bfloat16)
-        partial = path.with_suffix(".partial")
-        save_file({"latents": latents}, partial)
-        os.replace(partial, path)
+        encoder = copy.deepcopy(vae).to(torch.bfloat16)  # who gave the VAE goes on using it
+        latents = (encode(encoder, pictures) * vae.config.scaling_factor).to(torch.bfloat16)
+        write_tensors(path, {"latents": latents})
     return load_file(path)["latents"]

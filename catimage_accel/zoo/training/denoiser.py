@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from catimage_accel.snapfusion.losses import stratified_timesteps
 from catimage_accel.training.config import TRAINING_ATTENTION, TrainConfig
 from catimage_accel.training.loop import Trainer
 from catimage_accel.zoo.captions import caption
@@ -152,9 +153,7 @@ def train_denoiser(
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         clean = source.latents[index].float()
         noise = torch.randn(clean.shape, generator=generator)
-        # one timestep from each of batch_size equal strata: the same expectation, less variance
-        strata = torch.arange(config.batch_size) + torch.rand(config.batch_size, generator=generator)
-        timestep = (strata / config.batch_size * len(alphas)).long().clamp(max=len(alphas) - 1)
+        timestep = stratified_timesteps(config.batch_size, len(alphas), generator)
         alpha = alphas[timestep].sqrt().view(-1, 1, 1, 1)
         sigma = (1 - alphas[timestep]).sqrt().view(-1, 1, 1, 1)
         noisy = (alpha * clean + sigma * noise).to(device, torch.bfloat16)
