@@ -68,6 +68,7 @@ class Executor:
         self._engines = LoadedEngines(self.device, fall_back=fall_back)
         self._tables: dict[tuple[Path, str, int], SamplerTable] = {}
         self._prepared: dict[tuple[Any, ...], tuple[Engine, SamplerTable]] = {}
+        self._batch_limits: dict[tuple[int, torch.Size], int] = {}
 
     def check(self, candidate: Candidate) -> None:
         """Raises ValueError or FileNotFoundError for a candidate that can't be drawn; reads configs, no weights."""
@@ -108,7 +109,32 @@ class Executor:
         should not block for long, for nothing is drawn meanwhile. ``on_step`` is called with a :class:`Step` for every
         image after each of its steps, and may return latents to go on from.
         """
-        return Flight(self, jobs, on_step).finished()
+        flight = Flight(self, on_step)
+        remaining: Iterator[Job] | None = iter(jobs)
+        jobs_error: Exception | None = None
+        while remaining is not None or not flight.idle:
+            # Looking a batch ahead keeps the other groups fed when many jobs of one group come in a row.
+            while remaining is not None and flight.without_room < self.max_batch and not flight.has_finished:
+                try:
+                    job = next(remaining)
+                except StopIteration:
+                    remaining = None
+                except Exception as error:
+                    remaining, jobs_error = None, error
+                else:
+                    flight.take(job)
+            yield from flight.advance()
+        if jobs_error is not None:
+            raise jobs_error
+
+    def batch_limit(self, engine: Engine, shape: torch.Size) -> int:
+        """Most images of this shape of latents that are stepped together with ``engine``: ``max_batch``, or fewer
+        once so many were too much for its memory."""
+        return self._batch_limits.get((id(engine), shape), self.max_batch)
+
+    def lower_batch_limit(self, engine: Engine, shape: torch.Size, limit: int) -> None:
+        """Remembers that no more than ``limit`` images fit into the memory, for all that follows."""
+        self._batch_limits[id(engine), shape] = limit
 
     def _quantization(self, candidate: Candidate) -> Path | None:
         return None if candidate.quantization is None else self._resolve_model(candidate.quantization)

@@ -1,12 +1,12 @@
-"""One run of the executor: jobs pulled, slots filled, batches stepped, finished latents decoded."""
+"""Jobs in flight: slots filled, batches stepped, finished latents decoded; one step of every batch at a time."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from catimage_accel.executor.samplers import SamplerTable
 if TYPE_CHECKING:
     from catimage_accel.executor.executor import Executor
 
-__all__ = ["Flight", "OnStep"]
+__all__ = ["Flight", "OnStep", "out_of_memory"]
 
 OnStep = Callable[[Step], Tensor | None]
 
@@ -27,14 +27,31 @@ OnStep = Callable[[Step], Tensor | None]
 # gain little: a decoder's layers are big enough to keep a device busy at a few images.
 DECODE_BATCH = 4
 DECODE_PATIENCE = 4
+# What runtimes that have no exception of their own for it say (torch's CPU allocator, TensorRT, ONNX Runtime).
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "failed to allocate", "bad_alloc", "bad allocation")
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A job that was taken on and whose prompt is not encoded yet."""
+
+    job: Job
+    engine: Engine
+    table: SamplerTable
+    sample: Tensor
+    started: float
 
 
 @dataclass(eq=False)
 class _Group:
-    """Jobs that share a UNet and a size: ``slots`` are stepped as ``batch``, ``waiting`` have no room yet."""
+    """Jobs that share a UNet and a size: ``slots`` are stepped as ``batch``, ``waiting`` have no room yet.
+
+    Jobs in ``taken`` are encoded, with the other groups' of the engine, before the next step.
+    """
 
     engine: Engine
     limit: int
+    taken: list[_Entry] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     waiting: deque[Slot] = field(default_factory=deque)
     undecoded: list[Slot] = field(default_factory=list)
@@ -57,87 +74,111 @@ class _Group:
 
     @property
     def idle(self) -> bool:
-        return not (self.slots or self.waiting or self.undecoded)
+        return not (self.taken or self.slots or self.waiting or self.undecoded)
+
+    @property
+    def without_room(self) -> int:
+        return max(0, len(self.taken) + len(self.waiting) - max(0, self.limit - len(self.slots)))
+
+    def remove(self, is_gone: Callable[[Job], bool]) -> None:
+        """Forgets the jobs for which ``is_gone``; the others' state is kept."""
+        if any(is_gone(slot.job) for slot in self.slots):
+            if self.batch is not None:
+                self.batch.scatter()
+                self.batch = None
+            self.slots = [slot for slot in self.slots if not is_gone(slot.job)]
+        self.taken = [entry for entry in self.taken if not is_gone(entry.job)]
+        self.waiting = deque(slot for slot in self.waiting if not is_gone(slot.job))
+        self.undecoded = [slot for slot in self.undecoded if not is_gone(slot.job)]
 
 
 class Flight:
-    """The state of one :meth:`Executor.run`; iterate over :meth:`finished`."""
+    """The jobs that an :class:`Executor` has in flight: taken on with :meth:`take`, drawn by :meth:`advance`.
 
-    def __init__(self, executor: Executor, jobs: Iterable[Job], on_step: OnStep | None) -> None:
+    For callers whose jobs come one by one while others are drawn; :meth:`Executor.run` is made of it. Errors are as
+    told there. Not thread-safe, and the only flight of its executor while it lasts.
+    """
+
+    def __init__(self, executor: Executor, on_step: OnStep | None = None) -> None:
         self._executor = executor
-        self._jobs: Iterator[Job] | None = iter(jobs)
-        self._jobs_error: Exception | None = None
         self._on_step = on_step
         self._groups: dict[tuple[int, torch.Size], _Group] = {}
         self._finished: deque[Finished] = deque()
 
-    def finished(self) -> Iterator[Finished]:
-        while True:
-            self._pull()
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight and nothing finished is left to hand out."""
+        return not self._groups and not self._finished
+
+    @property
+    def without_room(self) -> int:
+        """Jobs that were taken on and find no free slot at the next step."""
+        return sum(group.without_room for group in self._groups.values())
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether :meth:`advance` would hand something out before it steps."""
+        return bool(self._finished)
+
+    def take(self, job: Job) -> None:
+        """Takes the job on: its noise is drawn, and its model loaded if it was not. It is in the next step's batch if
+        that has room. A job that can't be drawn comes out of :meth:`advance` with its error."""
+        started = time.perf_counter()
+        try:
+            engine, table = self._executor.prepare(job.candidate)
+            sample = first_sample(job, engine, table)
+        except Exception as error:
+            self._fail(job, started, error)
+            return
+        key = (id(engine), sample.shape)
+        if key not in self._groups:
+            self._groups[key] = _Group(engine, self._executor.batch_limit(engine, sample.shape))
+        self._groups[key].taken.append(_Entry(job, engine, table, sample, started))
+
+    def cancel(self, key: Any) -> None:
+        """Forgets the job of this key, wherever it stands: its slot is free at the next step, and no outcome of it is
+        handed out."""
+        for group_key, group in list(self._groups.items()):
+            group.remove(lambda job: bool(job.key == key))
+            if group.idle:
+                del self._groups[group_key]
+        self._finished = deque(finished for finished in self._finished if finished.key != key)
+
+    def advance(self) -> Iterator[Finished]:
+        """Steps every batch once and hands out what is finished, also in between; to be iterated to its end."""
+        yield from self._drain()
+        taken = [entry for group in self._groups.values() for entry in group.taken]
+        for group in self._groups.values():
+            group.taken = []
+        for engine in dict.fromkeys(entry.engine for entry in taken):
+            self._encode([entry for entry in taken if entry.engine is engine])
+        for key, group in list(self._groups.items()):
+            self._advance(group)
+            if group.idle:
+                self._groups.pop(key, None)
             yield from self._drain()
-            if not self._groups and self._jobs is None:
-                break
-            for key, group in list(self._groups.items()):
-                self._advance(group)
-                if group.idle:
-                    del self._groups[key]
-                yield from self._drain()
-        if self._jobs_error is not None:
-            raise self._jobs_error
 
     def _drain(self) -> Iterator[Finished]:
         while self._finished:
             yield self._finished.popleft()
 
-    def _pull(self) -> None:
-        """Takes jobs on until every group that is asked for has its slots filled, or a batch's worth has to wait.
-
-        Looking a batch ahead keeps the other groups fed when many jobs of one group come in a row.
-        """
-        limit = self._executor.max_batch
-        taken: list[tuple[Job, Engine, SamplerTable, Tensor, float]] = []
-        places: dict[tuple[int, torch.Size], int] = {}
-        waiting = sum(len(group.waiting) for group in self._groups.values())
-        while self._jobs is not None and waiting < limit and not self._finished:
-            try:
-                job = next(self._jobs)
-            except StopIteration:
-                self._jobs = None
-                break
-            except Exception as error:
-                self._jobs, self._jobs_error = None, error
-                break
-            started = time.perf_counter()
-            try:
-                engine, table = self._executor.prepare(job.candidate)
-                sample = first_sample(job, engine, table)
-            except Exception as error:
-                self._fail(job, started, error)
-                continue
-            taken.append((job, engine, table, sample, started))
-            key = (id(engine), sample.shape)
-            if key not in places:
-                group = self._groups.setdefault(key, _Group(engine, limit))
-                places[key] = group.limit - len(group.slots) - len(group.waiting)
-            places[key] -= 1
-            waiting += places[key] < 0
-        for engine in dict.fromkeys(engine for _, engine, _, _, _ in taken):
-            self._encode(engine, [entry for entry in taken if entry[1] is engine])
-
-    def _encode(self, engine: Engine, taken: list[tuple[Job, Engine, SamplerTable, Tensor, float]]) -> None:
+    def _encode(self, taken: list[_Entry]) -> None:
         try:
-            texts = engine.encode_prompts([job.prompt for job, *_ in taken])
+            texts = taken[0].engine.encode_prompts([entry.job.prompt for entry in taken])
         except Exception as error:
             if len(taken) == 1:
-                self._fail(taken[0][0], taken[0][4], error)
+                self._fail(taken[0].job, taken[0].started, error)
             else:
                 for entry in taken:
-                    self._encode(engine, [entry])
+                    self._encode([entry])
             return
-        for (job, _, table, sample, started), text in zip(taken, texts, strict=True):
-            interval = job.candidate.options.get("deepcache_interval", 1)
-            slot = Slot(job, table, text, sample, job.candidate.guidance_scale, interval, started=started)
-            self._groups[id(engine), sample.shape].waiting.append(slot)
+        for entry, text in zip(taken, texts, strict=True):
+            candidate = entry.job.candidate
+            interval = candidate.options.get("deepcache_interval", 1)
+            slot = Slot(
+                entry.job, entry.table, text, entry.sample, candidate.guidance_scale, interval, started=entry.started
+            )
+            self._groups[id(entry.engine), entry.sample.shape].waiting.append(slot)
 
     def _advance(self, group: _Group) -> None:
         """One step of the group's batch, then what follows from it."""
@@ -182,6 +223,8 @@ class Flight:
             group.slots.append(slot)
         if slots and len(group.slots) == len(slots):
             group.limit = max(1, len(slots) // 2)
+            if out_of_memory(error):
+                self._executor.lower_batch_limit(group.engine, slots[0].sample.shape, group.limit)
         self._collect(group)
         group.waiting.extendleft(reversed(group.slots[group.limit :]))
         del group.slots[group.limit :]
@@ -202,7 +245,10 @@ class Flight:
         for index, slot in enumerate(batch.slots):
             done = slot.step - 1
             scale = float(slot.table.scales[done])
-            step = Step(slot.job, done, len(slot.table), float(slot.table.timesteps[done]), batch.sample[index] * scale)
+            step = Step(
+                slot.job, done, len(slot.table), float(slot.table.timesteps[done]), batch.sample[index] * scale,
+                batch.history[index], len(batch.slots),
+            )  # fmt: skip
             replaced = self._on_step(step)
             if replaced is None:
                 continue
@@ -232,6 +278,13 @@ class Flight:
     def _fail(self, job: Job, started: float, error: Exception, latents: Tensor | None = None) -> None:
         milliseconds = (time.perf_counter() - started) * 1000
         self._finished.append(Finished(job.key, job, None, milliseconds, latents, error))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device or the machine has too little memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
 
 
 def to_bytes(images: Tensor) -> Tensor:

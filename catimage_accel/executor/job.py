@@ -69,6 +69,8 @@ class Step:
 
     ``index`` counts from 0 to ``steps - 1``; ``timestep`` is what the UNet was given; ``latents``, float32 (C, h, w),
     are diffusers' latents after the step, a copy. ``on_step`` may return other latents of that shape to go on from.
+    ``denoised``, of the same shape, are the final latents as the step predicts them, for a preview; ``batch`` is the
+    number of images that the step was taken with, this one included.
     """
 
     job: Job
@@ -76,6 +78,8 @@ class Step:
     steps: int
     timestep: float
     latents: Tensor
+    denoised: Tensor
+    batch: int
 
 
 def first_sample(job: Job, engine: Engine, table: SamplerTable) -> Tensor:
