@@ -59,7 +59,7 @@ def root(
     """Draw every prompt with the cheapest candidate that draws it well."""
 
 
-from catimage_accel.cli import bench, candidates, distill, draw, engine, gate, profile, quantize, router  # noqa: E402
+from catimage_accel.cli import bench, candidates, distill, draw, engine, gate, profile, quantize, router, serve  # noqa: E402
 
 app.command("generate")(draw.generate)
 app.command("demo")(draw.demo)
@@ -67,6 +67,7 @@ app.command("candidates")(candidates.list_candidates)
 app.command("profile")(profile.profile)
 app.command("quantize")(quantize.quantize)
 app.command("gate")(gate.gate)
+app.command("serve")(serve.serve)
 app.add_typer(router.app, name="router")
 app.add_typer(distill.app, name="distill")
 app.add_typer(bench.app, name="bench")

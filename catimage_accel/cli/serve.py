@@ -1,0 +1,74 @@
+"""``catimage serve``: pictures over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from catimage_accel.cli.console import say
+
+TOKEN_VARIABLE = "CATIMAGE_TOKEN"
+
+
+def serve(
+    catalog: Annotated[str, typer.Option(help="A catalog's folder, a hub id, or the built-in emoji.")] = "emoji",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of the machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which.")] = 8000,
+    device: Annotated[str | None, typer.Option(help="Default: every CUDA device, or the CPU.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; default: one a device.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images in flight in a worker.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, help="Images that may wait; more are answered 429.")] = 256,
+    latency_target: Annotated[
+        float, typer.Option(min=0, help="Seconds that 95 of 100 images are to take: as the wait comes near it, "
+                            "cheaper candidates draw. 0: load changes no route.")
+    ] = 10.0,
+    token_file: Annotated[
+        Path | None, typer.Option(help=f"File with a bearer token that clients must send; else ${TOKEN_VARIABLE}.")
+    ] = None,
+    public_url: Annotated[
+        str | None, typer.Option(help="What URLs of pictures begin with, where a proxy is in front.")
+    ] = None,
+    drain_seconds: Annotated[float, typer.Option(min=1, help="Most that ending waits for accepted requests.")] = 120.0,
+) -> None:  # fmt: skip
+    """Serve pictures over HTTP, with OpenAI's Images API, and a page to try it.
+
+    SIGTERM or Ctrl-C ends it: nothing new is accepted, what was accepted is finished.
+    """
+    try:
+        from catimage_accel.serve.server import ServeSettings
+        from catimage_accel.serve.server import serve as run
+    except ImportError as error:
+        raise ImportError(f"serving needs {error.name}: `pip install catimage-accel[serve]`") from error
+    from catimage_accel.catalog import Catalog
+
+    logging.basicConfig(level=logging.WARNING, format="catimage: %(message)s")
+    settings = ServeSettings(
+        host=host, port=port, device=device, workers=workers, max_batch=max_batch, max_queue=max_queue,
+        latency_target=latency_target or None, token=_token(token_file), public_url=public_url,
+        drain_seconds=drain_seconds,
+    )  # fmt: skip
+    if settings.token is None and host not in ("127.0.0.1", "localhost", "::1"):
+        say(f"anyone who reaches {host}:{port} may draw; --token-file or ${TOKEN_VARIABLE} asks for a token")
+    run(
+        Catalog.load(catalog), settings,
+        started=lambda url: say(f"{url} (page), {url}/docs (API); loading models"),
+        ready=lambda unusable: say(_ready(unusable)),
+    )  # fmt: skip
+
+
+def _ready(unusable: dict[str, str]) -> str:
+    left_out = "".join(f"; left out: {name} ({reason})" for name, reason in unusable.items())
+    return f"ready{left_out}"
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get(TOKEN_VARIABLE)
+    token = file.read_text().strip()
+    if not token:
+        raise ValueError(f"{file} is empty; accepted: a file with the token")
+    return token

@@ -1,0 +1,75 @@
+"""How long an image will wait, from what was drawn lately, and the tradeoff that follows from it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from catimage_accel.routing import LoadTradeoff
+
+__all__ = ["LoadGauge", "follow_load"]
+
+
+class LoadGauge:
+    """Measures how much cost is drawn a second while there is work, over the last ``window`` seconds of it.
+
+    ``rate`` is the guess to begin with, in the costs' unit a second; None: nothing is known, no wait is predicted.
+    """
+
+    def __init__(
+        self, rate: float | None = None, *, window: float = 30.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._guess = rate
+        self._window = window
+        self._clock = clock
+        self._busy_since: float | None = None
+        self._busy = 0.0
+        self._drawn: deque[tuple[float, float]] = deque()
+        self._images = 0
+
+    def begin(self) -> None:
+        """An image is begun."""
+        if self._images == 0:
+            self._busy_since = self._clock()
+        self._images += 1
+
+    def end(self, cost: float) -> None:
+        """An image has ended, and this much of its cost was spent."""
+        now = self._busy_time()
+        self._images -= 1
+        if self._images == 0:
+            self._busy, self._busy_since = now, None
+        self._drawn.append((now, cost))
+        while self._drawn and self._drawn[0][0] < now - self._window:
+            self._drawn.popleft()
+
+    @property
+    def rate(self) -> float | None:
+        """Cost a second of busy time."""
+        now = self._busy_time()
+        span = min(now, self._window)
+        drawn = sum(cost for when, cost in self._drawn if when >= now - self._window)
+        # A guess counts as two seconds, so that the first images do not make wild ones.
+        if self._guess is not None:
+            return (drawn + 2 * self._guess) / (span + 2)
+        return drawn / span if span > 0 and drawn > 0 else None
+
+    def seconds(self, cost: float) -> float:
+        """Predicted seconds for so much work; 0 as long as nothing is known."""
+        rate = self.rate
+        return cost / rate if rate else 0.0
+
+    def _busy_time(self) -> float:
+        return self._busy + (0.0 if self._busy_since is None else self._clock() - self._busy_since)
+
+
+def follow_load(own: float, cheapest: float, target: float, dear_seconds: float) -> LoadTradeoff:
+    """The tradeoff by the predicted wait in seconds: ``own`` while all is quiet, ``cheapest`` before ``target`` passes.
+
+    ``target`` (> 0) is the latency to keep in 95 of 100 cases; ``dear_seconds`` what the dearest image takes by itself.
+    """
+    if not target > 0:
+        raise ValueError(f"latency target is {target}; accepted: seconds above 0")
+    high = max(target - dear_seconds, 0.25 * target)
+    return LoadTradeoff(quiet=own, busy=max(own, cheapest), high=0.7 * high, low=0.1 * high)

@@ -1,0 +1,208 @@
+"""A worker process: one executor, fed and called off image by image over a pipe."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from catimage_accel.catalog import Catalog
+from catimage_accel.executor import Executor, Finished, Flight, Job, Step, out_of_memory
+from catimage_accel.executor.flight import to_bytes
+from catimage_accel.profiling import catalog_executor
+from catimage_accel.serve.messages import Broken, Cancel, Draw, Drawn, Failed, FromWorker, Preview, Ready, Round
+
+__all__ = ["DrawLoop", "WorkerSettings", "preview_steps", "run_worker", "usable_candidates"]
+
+PREVIEW_SHARE = 0.1
+"""Previews are left out where they would take more than this share of a worker's time."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """``folder`` is the catalog's; ``device`` a torch device; ``threads`` torch's, None for its own choice."""
+
+    folder: Path
+    device: str
+    max_batch: int
+    threads: int | None = None
+
+
+def preview_steps(previews: int, steps: int) -> frozenset[int]:
+    """The steps (from 1) after which to show a preview: ``previews`` of them, evenly, none after the last."""
+    shown = min(previews, steps - 1)
+    return frozenset(round((index + 1) * steps / (shown + 1)) for index in range(shown))
+
+
+def usable_candidates(catalog: Catalog, executor: Executor) -> dict[str, str]:
+    """Loads every candidate, and draws a little with each set of weights, so that what is built at the first use is
+    there; of those that can't be loaded or drawn with, the reason."""
+    unusable = {}
+    warm = set()
+    for candidate in catalog.candidates:
+        alike = (candidate.weights, candidate.engine, candidate.vae, tuple(candidate.options))
+        try:
+            executor.prepare(candidate)
+            if alike not in warm:
+                brief = replace(candidate, steps=min(candidate.steps, 2))
+                for finished in executor.run([Job("", brief, torch.Generator().manual_seed(0))]):
+                    if finished.error is not None:
+                        raise finished.error
+                warm.add(alike)
+        except Exception as error:
+            unusable[candidate.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return unusable
+
+
+class DrawLoop:
+    """Draws in rounds: :meth:`take` and :meth:`cancel` between them, :meth:`round` steps every image once."""
+
+    def __init__(self, catalog: Catalog, executor: Executor) -> None:
+        self._catalog = catalog
+        self._executor = executor
+        self._flight = Flight(executor, self._on_step)
+        self._draws: dict[str, Draw] = {}
+        self._progress: dict[str, tuple[int, int]] = {}
+        self._batches: list[int] = []
+        self._previews: list[Step] = []
+        self._drawing_seconds = self._preview_seconds = 0.0
+
+    @property
+    def idle(self) -> bool:
+        return self._flight.idle
+
+    def take(self, draw: Draw) -> None:
+        self._draws[draw.key] = draw
+        generator = torch.Generator().manual_seed(draw.seed)
+        candidate = self._catalog.candidate(draw.candidate)
+        self._flight.take(
+            Job(draw.prompt, candidate, generator, key=draw.key, height=draw.height, width=draw.width)
+        )  # fmt: skip
+
+    def cancel(self, key: str) -> None:
+        if self._draws.pop(key, None) is not None:
+            self._flight.cancel(key)
+
+    def round(self) -> list[FromWorker]:
+        """What there is to tell after one step of every image."""
+        started = time.perf_counter()
+        outcomes = [self._outcome(finished) for finished in self._flight.advance()]
+        self._drawing_seconds += time.perf_counter() - started
+        # A batch of n was told of n times.
+        sizes = {size: self._batches.count(size) // size for size in set(self._batches)}
+        told: list[FromWorker] = [
+            Round(dict(self._progress), tuple(size for size, times in sizes.items() for _ in range(times)))
+        ]
+        told += self._decoded_previews()
+        self._progress.clear()
+        self._batches.clear()
+        self._previews.clear()
+        return told + outcomes
+
+    def _on_step(self, step: Step) -> None:
+        key = step.job.key
+        self._progress[key] = (step.index + 1, step.steps)
+        self._batches.append(step.batch)
+        if step.index + 1 in preview_steps(self._draws[key].previews, step.steps):
+            self._previews.append(step)
+
+    def _outcome(self, finished: Finished) -> FromWorker:
+        self._draws.pop(finished.key)
+        if finished.image is not None:
+            return Drawn(finished.key, finished.image, finished.milliseconds)
+        error = finished.error
+        memory = error is not None and out_of_memory(error)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        return Failed(finished.key, "memory" if memory else "candidate", reason)
+
+    def _decoded_previews(self) -> list[FromWorker]:
+        """Previews of this round; a preview that can't be made is none, and costs its image nothing."""
+        told: list[FromWorker] = []
+        for step in self._previews:
+            if self._preview_seconds > PREVIEW_SHARE * self._drawing_seconds:
+                break
+            started = time.perf_counter()
+            try:
+                engine, _ = self._executor.prepare(step.job.candidate)
+                with torch.inference_mode():
+                    pixels = to_bytes(engine.decode(step.denoised[None], step.job.candidate.vae))[0]
+                told.append(Preview(step.job.key, step.index + 1, pixels.cpu().numpy()))
+            except Exception as error:
+                warnings.warn(f"no preview of {step.job.candidate.name}: {error}", stacklevel=2)
+            self._preview_seconds += time.perf_counter() - started
+        return told
+
+
+def run_worker(connection: Connection, settings: WorkerSettings) -> None:
+    """The whole life of a worker process: until told to stop, or its server is gone."""
+    # The server decides when a worker ends: at Ctrl-C it still wants what is in flight.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
+    try:
+        _serve(connection, inbox, settings)
+    except OSError:  # the server is gone
+        return
+
+
+def _serve(connection: Connection, inbox: SimpleQueue[Any], settings: WorkerSettings) -> None:
+    try:
+        _quiet_loading()
+        catalog = Catalog.load(settings.folder)
+        executor = catalog_executor(catalog, torch.device(settings.device), max_batch=settings.max_batch)
+        unusable = usable_candidates(catalog, executor)
+    except Exception as error:
+        connection.send(Broken(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        return
+    connection.send(Ready(unusable))
+    loop = DrawLoop(catalog, executor)
+    while True:
+        for message in _messages(inbox, wait=loop.idle):
+            if isinstance(message, Draw):
+                loop.take(message)
+            elif isinstance(message, Cancel):
+                loop.cancel(message.key)
+            else:
+                return
+        if not loop.idle:
+            for told in loop.round():
+                connection.send(told)
+
+
+def _messages(inbox: SimpleQueue[Any], *, wait: bool) -> Sequence[Any]:
+    """All that has arrived; waits for one if there is nothing else to do."""
+    messages = [inbox.get()] if wait else []
+    while not inbox.empty():
+        messages.append(inbox.get())
+    return messages
+
+
+def _read(connection: Connection, inbox: SimpleQueue[Any]) -> None:
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            # Nobody is left to draw for: end even in the midst of a long step.
+            os._exit(0)
+        inbox.put(message)
+
+
+def _quiet_loading() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
