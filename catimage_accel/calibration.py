@@ -111,6 +111,7 @@ class _RecordingEngine:
         self._engine, self._recorder = engine, recorder
         self.name, self.device, self.dtype, self.channels = engine.name, engine.device, engine.dtype, engine.channels
         self.sample_size, self.scale_factor = engine.sample_size, engine.scale_factor
+        self.batch_invariant = engine.batch_invariant
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextState]:
         return self._engine.encode_prompts(prompts)

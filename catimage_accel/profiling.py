@@ -54,10 +54,12 @@ def profiled_device(device: torch.device) -> str:
     return device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
 
 
-def catalog_executor(catalog: Catalog, device: torch.device, *, max_batch: int = 16) -> Executor:
+def catalog_executor(
+    catalog: Catalog, device: torch.device, *, max_batch: int = 16, reproducible: bool = False
+) -> Executor:
     """An executor for ``catalog``'s candidates, each with the engine measured fastest on ``device``."""
     return Executor(
-        max_batch=max_batch, device=device, resolve_model=catalog.resolve_model,
+        max_batch=max_batch, device=device, reproducible=reproducible, resolve_model=catalog.resolve_model,
         rank_engines=lambda candidate: catalog.engines_for(candidate, profiled_device(device)),
     )  # fmt: skip
 

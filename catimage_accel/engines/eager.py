@@ -99,6 +99,7 @@ class EagerEngine:
     """
 
     name = "eager"
+    batch_invariant = False  # PyTorch chooses other kernels for other numbers of rows
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
 
     def __init__(

@@ -83,15 +83,17 @@ class GraphEngine:
         """The components that PyTorch runs in the runtime's place, because the runtime failed at one."""
         return frozenset(self._given_up)
 
+    @property
+    def batch_invariant(self) -> bool:
+        return self.runtime.batch_invariant and not self._given_up
+
     def prepare_deepcache(self) -> None:
         """Builds and tries the graphs that DeepCache needs; raises EngineUnavailable if the runtime can't."""
         if not self._deepcache:
             self._try("unet-shallow", deep_features=self._try("unet-deep")["deep_features"])
             self._deepcache = True
 
-    def build(
-        self, advance: Any = lambda _: None, *, deepcache: bool = False, vae: str = OWN_VAE
-    ) -> list[CacheEntry]:
+    def build(self, advance: Any = lambda _: None, *, deepcache: bool = False, vae: str = OWN_VAE) -> list[CacheEntry]:
         """Builds for all batch sizes now; ``advance`` is told what was built."""
         names = [*(_UNETS if deepcache else _UNETS[:1]), self._decoder(vae)]
         return [entry for name in names for entry in self._runners[name].build(advance)]

@@ -24,6 +24,7 @@ class OnnxRuntime:
     precisions = ("fp32", "int8")
     rows = (64,)
     any_size = True
+    batch_invariant = False
 
     def why_not(self, device: torch.device) -> str | None:
         if device.type != "cpu":

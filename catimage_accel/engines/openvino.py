@@ -38,6 +38,7 @@ class OpenVINO:
     # make and 1 to 2 MB on disk, its weights being those of all batch sizes.
     rows = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     any_size = True
+    batch_invariant = True  # as found for float32 and INT8 UNets and decoders with 1 to 8 rows
 
     def why_not(self, device: torch.device) -> str | None:
         if device.type != "cpu":

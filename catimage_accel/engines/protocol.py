@@ -85,6 +85,11 @@ class Engine(Protocol):
     scale_factor: int
     """Pixels a latent, along each side."""
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's denoised or decoded result has the same bits whatever other rows are in the batch."""
+        ...
+
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextState]:
         """One state a prompt, in order; a prompt whose state is still in use anywhere is not computed again."""
         ...

@@ -42,6 +42,8 @@ class Runtime(Protocol):
     """Batch sizes to build for; larger batches are run in pieces of the last."""
     any_size: bool
     """Whether runners also take heights, widths and tokens other than their profile's, if more slowly."""
+    batch_invariant: bool
+    """Whether a row's result has the same bits whatever other rows are in the batch."""
 
     def why_not(self, device: torch.device) -> str | None:
         """Why it can't run on ``device``, one line with the remedy; None if it can. Cheap."""

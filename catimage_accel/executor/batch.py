@@ -54,7 +54,9 @@ class Batch:
     prompt, then all slots' rows for their own.
     """
 
-    def __init__(self, engine: Engine, slots: Sequence[Slot], empty: TextState | None) -> None:
+    def __init__(self, engine: Engine, slots: Sequence[Slot], empty: TextState | None, *, apart: bool = False) -> None:
+        """``empty`` is the empty prompt's state, needed if a slot is guided; ``apart`` calls the UNet slot by slot."""
+        self._apart = apart
         self.slots = sorted(slots, key=lambda slot: not slot.guided)
         self._engine = engine
         self._guided = guided = sum(slot.guided for slot in self.slots)
@@ -90,9 +92,13 @@ class Batch:
         """One denoising step of every slot. If it raises, no slot has moved."""
         guided, done = self._guided, self._done
         sample = torch.cat([self.sample[:guided], self.sample]) if guided else self.sample
-        if self._deep is not None:
-            self._deep.refresh = self._refreshed_rows()
-        noise = self._engine.denoise(sample, self._row_timesteps[done], self._text, deep=self._deep)
+        timesteps = self._row_timesteps[done]
+        if self._apart:
+            noise = self._denoise_apart(sample, timesteps)
+        else:
+            if self._deep is not None:
+                self._deep.refresh = self._refreshed_rows()
+            noise = self._engine.denoise(sample, timesteps, self._text, deep=self._deep)
         cond = noise[guided:]
         uncond = torch.cat([noise[:guided], cond[guided:]]) if 0 < guided < len(cond) else noise[:guided]
         self.sample, self.history = guided_step(
@@ -102,6 +108,23 @@ class Batch:
         self._done += 1
         for slot in self.slots:
             slot.step += 1
+
+    def _denoise_apart(self, sample: Tensor, timesteps: Tensor) -> Tensor:
+        noise = torch.empty_like(sample)
+        for index, slot in enumerate(self.slots):
+            rows = self._rows_of(index)
+            deep = None
+            if self._deep is not None:
+                known = self._deep.features
+                refresh = None if slot.step % slot.deepcache_interval == 0 else ()
+                deep = DeepFeatures(None if known is None else known[rows], refresh)
+            text = self._text.rows(tuple(rows))
+            noise[rows] = self._engine.denoise(sample[rows], timesteps[rows], text, deep=deep)
+            if self._deep is not None and deep is not None and deep.features is not None:
+                if self._deep.features is None:
+                    self._deep.features = deep.features.new_zeros((len(sample), *deep.features.shape[1:]))
+                self._deep.features[rows] = deep.features
+        return noise
 
     @torch.inference_mode()
     def scatter(self) -> None:

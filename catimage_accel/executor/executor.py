@@ -48,6 +48,7 @@ class Executor:
         resolve_model: Callable[[str], Path] | None = None,
         rank_engines: Callable[[Candidate], Sequence[str]] | None = None,
         fall_back: bool = True,
+        reproducible: bool = False,
     ) -> None:
         """
         Args:
@@ -57,11 +58,15 @@ class Executor:
                 for a path.
             rank_engines: The engines to try for a candidate, best first, e.g. ``Catalog.engines_for`` on this device;
                 None: the candidate's own, "eager" for "auto". One that can't run here is passed over with a warning.
+            reproducible: Whether an image has the same bits whatever is drawn beside it, and not only up to rounding:
+                then engines of which that does not hold for the rows of a batch are called image by image. Costs little
+                on a processor, and what batches gain on a GPU.
             fall_back: Whether "eager" runs where no engine of the ranking can; else :class:`EngineUnavailable` raises.
         """
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch is {max_batch!r}; accepted: a whole number from 1")
         self.max_batch = max_batch
+        self.reproducible = reproducible
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._resolve_model = resolve_model or Path
         self._rank_engines = rank_engines or _own_engine

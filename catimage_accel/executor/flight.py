@@ -51,6 +51,7 @@ class _Group:
 
     engine: Engine
     limit: int
+    reproducible: bool
     taken: list[_Entry] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     waiting: deque[Slot] = field(default_factory=deque)
@@ -69,8 +70,13 @@ class _Group:
             self.slots.append(self.waiting.popleft())
         if self.empty is None and any(slot.guided for slot in self.slots):
             self.empty = self.engine.encode_prompts([""])[0]
-        self.batch = Batch(self.engine, self.slots, self.empty)
+        self.batch = Batch(self.engine, self.slots, self.empty, apart=self.apart)
         return self.batch
+
+    @property
+    def apart(self) -> bool:
+        """Whether images are stepped and decoded one by one, so that none changes another's bits."""
+        return self.reproducible and not self.engine.batch_invariant
 
     @property
     def idle(self) -> bool:
@@ -132,7 +138,8 @@ class Flight:
             return
         key = (id(engine), sample.shape)
         if key not in self._groups:
-            self._groups[key] = _Group(engine, self._executor.batch_limit(engine, sample.shape))
+            limit = self._executor.batch_limit(engine, sample.shape)
+            self._groups[key] = _Group(engine, limit, self._executor.reproducible)
         self._groups[key].taken.append(_Entry(job, engine, table, sample, started))
 
     def cancel(self, key: Any) -> None:
@@ -150,8 +157,12 @@ class Flight:
         taken = [entry for group in self._groups.values() for entry in group.taken]
         for group in self._groups.values():
             group.taken = []
-        for engine in dict.fromkeys(entry.engine for entry in taken):
-            self._encode([entry for entry in taken if entry.engine is engine])
+        if self._executor.reproducible:  # text encoders are PyTorch's, whose bits depend on the batch
+            for entry in taken:
+                self._encode([entry])
+        else:
+            for engine in dict.fromkeys(entry.engine for entry in taken):
+                self._encode([entry for entry in taken if entry.engine is engine])
         for key, group in list(self._groups.items()):
             self._advance(group)
             if group.idle:
@@ -198,7 +209,9 @@ class Flight:
         if len(group.undecoded) >= DECODE_BATCH or (group.undecoded and hurry):
             slots, group.undecoded = group.undecoded, []
             for vae in dict.fromkeys(slot.job.candidate.vae for slot in slots):
-                self._decode(group.engine, vae, [slot for slot in slots if slot.job.candidate.vae == vae])
+                alike = [slot for slot in slots if slot.job.candidate.vae == vae]
+                for part in [[slot] for slot in alike] if group.apart else [alike]:
+                    self._decode(group.engine, vae, part)
 
     def _advance_one_by_one(self, group: _Group, error: Exception) -> None:
         """After a failed step: the same step for every slot by itself, so that only those at fault fail.
@@ -213,7 +226,7 @@ class Flight:
             try:
                 if len(slots) == 1:
                     raise error
-                single = Batch(group.engine, [slot], group.empty)
+                single = Batch(group.engine, [slot], group.empty, apart=group.apart)
                 single.step()
             except Exception as own_error:
                 self._fail(slot.job, slot.started, own_error)

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 
 from catimage_accel.serve.api import (
     CatalogFields,
@@ -57,13 +58,12 @@ class AppSettings:
     picture_seconds: float = 3600.0
 
 
-def create_app(service: Service, settings: AppSettings) -> FastAPI:
+def create_app(service: Service, settings: AppSettings) -> ASGIApp:
     """The application; starting it starts the service's backend, which is ready a while later."""
     app = FastAPI(
         title="catimage", summary="Draws every prompt with the cheapest candidate that draws it well.",
         lifespan=_lifespan(service), docs_url=None, redoc_url=None,
     )  # fmt: skip
-    app.add_middleware(Guard, token=settings.token, max_body=settings.max_body)
     add_error_handlers(app, service)
     store = PictureStore(settings.pictures, seconds=settings.picture_seconds)
     sizes = SizeLimits.of_catalog(service.catalog)
@@ -71,7 +71,8 @@ def create_app(service: Service, settings: AppSettings) -> FastAPI:
     _add_models(app, service, sizes)
     _add_operations(app, service)
     _add_pages(app)
-    return app
+    # Outside of the framework's own middleware, which answers some errors itself.
+    return Guard(app, token=settings.token, max_body=settings.max_body)
 
 
 def _lifespan(service: Service):  # type: ignore[no-untyped-def]

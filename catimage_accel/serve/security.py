@@ -39,7 +39,11 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        refused: list[ApiError] = []
+
         async def send_with_headers(message: Message) -> None:
+            if refused:  # the framework's own answer to a body that it could not read
+                return
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
@@ -49,10 +53,12 @@ class Guard:
 
         try:
             self._check_token(scope)
-            bounded = self._bounded(scope, receive)
-            await self._app(scope, bounded, send_with_headers)
+            self._check_length(scope)
+            await self._app(scope, self._bounded(receive, refused), send_with_headers)
         except ApiError as error:
-            await _answer(error, send_with_headers)
+            refused.append(error)
+        if refused:
+            await _answer(refused.pop(), send_with_headers)
 
     def _check_token(self, scope: Scope) -> None:
         path = scope["path"]
@@ -66,10 +72,13 @@ class Guard:
                 code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
 
-    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+    def _check_length(self, scope: Scope) -> None:
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body:
             raise self._too_large()
+
+    def _bounded(self, receive: Receive, refused: list[ApiError]) -> Receive:
+        """``receive``, which at too long a body tells ``refused`` and ends as if the client had hung up."""
         read = 0
 
         async def bounded() -> Message:
@@ -77,7 +86,8 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._max_body:
-                raise self._too_large()
+                refused[:] = [self._too_large()]
+                return {"type": "http.disconnect"}
             return message
 
         return bounded

@@ -162,7 +162,9 @@ def _serve(connection: Connection, inbox: SimpleQueue[Any], settings: WorkerSett
     try:
         _quiet_loading()
         catalog = Catalog.load(settings.folder)
-        executor = catalog_executor(catalog, torch.device(settings.device), max_batch=settings.max_batch)
+        device = torch.device(settings.device)
+        # On a processor a batch is hardly quicker than its images one by one: what it may change is not worth it.
+        executor = catalog_executor(catalog, device, max_batch=settings.max_batch, reproducible=device.type == "cpu")
         unusable = usable_candidates(catalog, executor)
     except Exception as error:
         connection.send(Broken(f"{type(error).__name__}: {' '.join(str(error).split())}"))

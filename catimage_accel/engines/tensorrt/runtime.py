@@ -23,6 +23,7 @@ class TensorRTRuntime:
     precisions = ("fp32", "fp16", "bf16", "int8", "fp8")
     rows = (1, 2, 4, 8, 16)
     any_size = False
+    batch_invariant = False
 
     def __init__(self, library: Library) -> None:
         self.library = library
