@@ -20,8 +20,12 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which.")] = 8000,
     device: Annotated[str | None, typer.Option(help="Default: every CUDA device, or the CPU.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; default: one a device.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images in flight in a worker.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images stepped together in a worker, at most.")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="Images that may wait; more are answered 429.")] = 256,
+    reproducible: Annotated[
+        bool | None,
+        typer.Option(help="Pictures have the same bits whatever is drawn beside them. Default: on a processor."),
+    ] = None,
     latency_target: Annotated[
         float, typer.Option(min=0, help="Seconds that 95 of 100 images are to take: as the wait comes near it, "
                             "cheaper candidates draw. 0: load changes no route.")
@@ -48,8 +52,8 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="catimage: %(message)s")
     settings = ServeSettings(
         host=host, port=port, device=device, workers=workers, max_batch=max_batch, max_queue=max_queue,
-        latency_target=latency_target or None, token=_token(token_file), public_url=public_url,
-        drain_seconds=drain_seconds,
+        reproducible=reproducible, latency_target=latency_target or None, token=_token(token_file),
+        public_url=public_url, drain_seconds=drain_seconds,
     )  # fmt: skip
     if settings.token is None and host not in ("127.0.0.1", "localhost", "::1"):
         say(f"anyone who reaches {host}:{port} may draw; --token-file or ${TOKEN_VARIABLE} asks for a token")

@@ -59,8 +59,8 @@ class Executor:
             rank_engines: The engines to try for a candidate, best first, e.g. ``Catalog.engines_for`` on this device;
                 None: the candidate's own, "eager" for "auto". One that can't run here is passed over with a warning.
             reproducible: Whether an image has the same bits whatever is drawn beside it, and not only up to rounding:
-                then engines of which that does not hold for the rows of a batch are called image by image. Costs little
-                on a processor, and what batches gain on a GPU.
+                then engines of which that does not hold for the rows of a batch are called image by image, which
+                costs what their batches gain.
             fall_back: Whether "eager" runs where no engine of the ranking can; else :class:`EngineUnavailable` raises.
         """
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:

@@ -83,6 +83,11 @@ class _Group:
         return not (self.taken or self.slots or self.waiting or self.undecoded)
 
     @property
+    def began(self) -> float:
+        """When the oldest of its images was taken on; those that only wait for the decode don't count."""
+        return min((slot.started for slot in (*self.slots, *self.waiting)), default=float("inf"))
+
+    @property
     def without_room(self) -> int:
         return max(0, len(self.taken) + len(self.waiting) - max(0, self.limit - len(self.slots)))
 
@@ -152,7 +157,7 @@ class Flight:
         self._finished = deque(finished for finished in self._finished if finished.key != key)
 
     def advance(self) -> Iterator[Finished]:
-        """Steps every batch once and hands out what is finished, also in between; to be iterated to its end."""
+        """Steps the batch of the oldest image once, and hands out what is finished; to be iterated to its end."""
         yield from self._drain()
         taken = [entry for group in self._groups.values() for entry in group.taken]
         for group in self._groups.values():
@@ -163,10 +168,13 @@ class Flight:
         else:
             for engine in dict.fromkeys(entry.engine for entry in taken):
                 self._encode([entry for entry in taken if entry.engine is engine])
-        for key, group in list(self._groups.items()):
-            self._advance(group)
-            if group.idle:
-                self._groups.pop(key, None)
+        if self._groups:
+            # First come, first served: what is taken on later may ride along, but never holds an older image up.
+            oldest = min(self._groups.values(), key=lambda group: group.began)
+            for key, group in list(self._groups.items()):
+                self._advance(group, step=group is oldest)
+                if group.idle:
+                    self._groups.pop(key, None)
             yield from self._drain()
 
     def _drain(self) -> Iterator[Finished]:
@@ -191,9 +199,9 @@ class Flight:
             )
             self._groups[id(entry.engine), entry.sample.shape].waiting.append(slot)
 
-    def _advance(self, group: _Group) -> None:
-        """One step of the group's batch, then what follows from it."""
-        if group.slots or group.waiting:
+    def _advance(self, group: _Group, *, step: bool) -> None:
+        """With ``step``, one step of the group's batch; then the decode of what is finished, if it is time for it."""
+        if step and (group.slots or group.waiting):
             group.steps_since_finish += 1
             try:
                 batch = group.rebuilt()
@@ -205,7 +213,7 @@ class Flight:
                 if batch.finishing:
                     batch.scatter()
                     self._collect(group)
-        hurry = not group.slots or group.steps_since_finish >= DECODE_PATIENCE
+        hurry = not step or not group.slots or group.steps_since_finish >= DECODE_PATIENCE
         if len(group.undecoded) >= DECODE_BATCH or (group.undecoded and hurry):
             slots, group.undecoded = group.undecoded, []
             for vae in dict.fromkeys(slot.job.candidate.vae for slot in slots):

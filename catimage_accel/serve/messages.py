@@ -54,7 +54,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Round:
-    """One step of every batch was taken: ``progress`` is [key] (steps done, steps), ``batches`` their sizes."""
+    """Steps were taken: ``progress`` is [key] (steps done, steps), ``batches`` the number of images in each step."""
 
     progress: dict[str, tuple[int, int]]
     batches: tuple[int, ...]

@@ -8,8 +8,9 @@ import logging
 import multiprocessing
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
@@ -53,10 +54,16 @@ class WorkerPool:
     is killed) fails its images with WorkerLost and is replaced by a new one. To be used within one event loop.
     """
 
-    def __init__(self, workers: Sequence[WorkerSettings], *, stall_seconds: float = 300.0) -> None:
+    def __init__(
+        self, workers: Sequence[WorkerSettings], *, stall_seconds: float = 300.0,
+        target: Callable[[Connection, WorkerSettings], None] = run_worker,
+    ) -> None:  # fmt: skip
+        """``target`` is what a worker process does all its life: it can be another way to draw, to compare with."""
         if not workers:
             raise ValueError("workers is empty; accepted: at least 1")
-        self.capacity = sum(settings.max_batch for settings in workers)
+        self._target = target
+        # Twice what is in batches, so that one whose images are done finds more at once.
+        self.capacity = 2 * sum(settings.max_batch for settings in workers)
         self.unusable: dict[str, str] = {}
         self.restarts = 0
         self.broken: str | None = None
@@ -70,7 +77,7 @@ class WorkerPool:
         self._tasks: set[asyncio.Task[Any]] = set()
         # Forked from a process that has imported everything and started no thread, a worker is back in a moment.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([run_worker.__module__])
+        self._context.set_forkserver_preload([run_worker.__module__, target.__module__])
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -163,7 +170,7 @@ class WorkerPool:
         await asyncio.sleep(RESTART_PAUSES[min(worker.losses, len(RESTART_PAUSES) - 1)])
         ours, theirs = self._context.Pipe()
         worker.process = self._context.Process(
-            target=run_worker, args=(theirs, worker.settings), name="catimage worker", daemon=True
+            target=self._target, args=(theirs, worker.settings), name="catimage worker", daemon=True
         )
         worker.outbox = SimpleQueue()
         await asyncio.to_thread(worker.process.start)

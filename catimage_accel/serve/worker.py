@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from catimage_accel.catalog import Catalog
+from catimage_accel.catalog import Candidate, Catalog
 from catimage_accel.executor import Executor, Finished, Flight, Job, Step, out_of_memory
 from catimage_accel.executor.flight import to_bytes
 from catimage_accel.profiling import catalog_executor
@@ -27,15 +28,24 @@ __all__ = ["DrawLoop", "WorkerSettings", "preview_steps", "run_worker", "usable_
 PREVIEW_SHARE = 0.1
 """Previews are left out where they would take more than this share of a worker's time."""
 
+TELL_SECONDS = 0.05
+"""Progress is told no more often: who hears it shares a processor with those that draw."""
+WARM_BATCHES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Images together that a worker tries while it has nothing else to do."""
+
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """``folder`` is the catalog's; ``device`` a torch device; ``threads`` torch's, None for its own choice."""
+    """``folder`` is the catalog's; ``device`` a torch device; ``threads`` torch's, None for its own choice.
+
+    ``reproducible`` as :class:`Executor` has it.
+    """
 
     folder: Path
     device: str
     max_batch: int
     threads: int | None = None
+    reproducible: bool = False
 
 
 def preview_steps(previews: int, steps: int) -> frozenset[int]:
@@ -45,27 +55,38 @@ def preview_steps(previews: int, steps: int) -> frozenset[int]:
 
 
 def usable_candidates(catalog: Catalog, executor: Executor) -> dict[str, str]:
-    """Loads every candidate, and draws a little with each set of weights, so that what is built at the first use is
-    there; of those that can't be loaded or drawn with, the reason."""
+    """Loads every candidate, and draws a little with those that differ in what runs, so that what is built at the first
+    use is there; of those that can't be loaded or drawn with, the reason."""
     unusable = {}
-    warm = set()
+    drawn = _that_differ(catalog)
     for candidate in catalog.candidates:
-        alike = (candidate.weights, candidate.engine, candidate.vae, tuple(candidate.options))
         try:
             executor.prepare(candidate)
-            if alike not in warm:
-                brief = replace(candidate, steps=min(candidate.steps, 2))
-                for finished in executor.run([Job("", brief, torch.Generator().manual_seed(0))]):
-                    if finished.error is not None:
-                        raise finished.error
-                warm.add(alike)
+            if candidate in drawn:
+                _draw_briefly(executor, candidate, 1)
         except Exception as error:
             unusable[candidate.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
     return unusable
 
 
+def _that_differ(catalog: Catalog) -> list[Candidate]:
+    """One candidate for each graph or module that there is to run."""
+    found = {
+        (one.weights, one.engine, one.vae, tuple(one.options), one.guidance_scale > 1): one
+        for one in reversed(catalog.candidates)
+    }
+    return list(reversed(found.values()))
+
+
+def _draw_briefly(executor: Executor, candidate: Candidate, images: int) -> None:
+    brief = replace(candidate, steps=min(candidate.steps, 2))
+    for finished in executor.run(Job("", brief, torch.Generator().manual_seed(0)) for _ in range(images)):
+        if finished.error is not None:
+            raise finished.error
+
+
 class DrawLoop:
-    """Draws in rounds: :meth:`take` and :meth:`cancel` between them, :meth:`round` steps every image once."""
+    """Draws in rounds: :meth:`take` and :meth:`cancel` between them, :meth:`round` takes the next step."""
 
     def __init__(self, catalog: Catalog, executor: Executor) -> None:
         self._catalog = catalog
@@ -75,11 +96,27 @@ class DrawLoop:
         self._progress: dict[str, tuple[int, int]] = {}
         self._batches: list[int] = []
         self._previews: list[Step] = []
+        self._told = 0.0
         self._drawing_seconds = self._preview_seconds = 0.0
+        self._to_warm = [
+            (candidate, images)
+            for images in WARM_BATCHES if images <= executor.max_batch
+            for candidate in _that_differ(catalog)
+        ]  # fmt: skip
 
     @property
     def idle(self) -> bool:
         return self._flight.idle
+
+    def warm(self) -> bool:
+        """Draws a little with one more batch size, whose first use would hold images up; False if all are warm."""
+        if not self._to_warm:
+            return False
+        candidate, images = self._to_warm.pop(0)
+        # What can't be drawn with is known from before, and what is too large a batch the executor halves.
+        with contextlib.suppress(Exception):
+            _draw_briefly(self._executor, candidate, images)
+        return True
 
     def take(self, draw: Draw) -> None:
         self._draws[draw.key] = draw
@@ -94,20 +131,21 @@ class DrawLoop:
             self._flight.cancel(key)
 
     def round(self) -> list[FromWorker]:
-        """What there is to tell after one step of every image."""
+        """Takes a step; what there is to tell after it."""
         started = time.perf_counter()
         outcomes = [self._outcome(finished) for finished in self._flight.advance()]
         self._drawing_seconds += time.perf_counter() - started
-        # A batch of n was told of n times.
-        sizes = {size: self._batches.count(size) // size for size in set(self._batches)}
-        told: list[FromWorker] = [
-            Round(dict(self._progress), tuple(size for size, times in sizes.items() for _ in range(times)))
-        ]
-        told += self._decoded_previews()
-        self._progress.clear()
-        self._batches.clear()
+        previews = self._decoded_previews()
         self._previews.clear()
-        return told + outcomes
+        told: list[FromWorker] = []
+        if outcomes or previews or started - self._told > TELL_SECONDS:
+            self._told = started
+            # A batch of n was noted n times.
+            sizes = {size: self._batches.count(size) // size for size in set(self._batches)}
+            told.append(Round(dict(self._progress), tuple(size for size in sizes for _ in range(sizes[size]))))
+            self._progress.clear()
+            self._batches.clear()
+        return told + previews + outcomes
 
     def _on_step(self, step: Step) -> None:
         key = step.job.key
@@ -143,7 +181,10 @@ class DrawLoop:
         return told
 
 
-def run_worker(connection: Connection, settings: WorkerSettings) -> None:
+MakeLoop = Callable[[Catalog, Executor], DrawLoop]
+
+
+def run_worker(connection: Connection, settings: WorkerSettings, make_loop: MakeLoop = DrawLoop) -> None:
     """The whole life of a worker process: until told to stop, or its server is gone."""
     # The server decides when a worker ends: at Ctrl-C it still wants what is in flight.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -153,25 +194,30 @@ def run_worker(connection: Connection, settings: WorkerSettings) -> None:
     inbox: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
     try:
-        _serve(connection, inbox, settings)
+        _serve(connection, inbox, settings, make_loop)
     except OSError:  # the server is gone
         return
 
 
-def _serve(connection: Connection, inbox: SimpleQueue[Any], settings: WorkerSettings) -> None:
+def _serve(
+    connection: Connection, inbox: SimpleQueue[Any], settings: WorkerSettings, make_loop: MakeLoop
+) -> None:  # fmt: skip
     try:
         _quiet_loading()
         catalog = Catalog.load(settings.folder)
         device = torch.device(settings.device)
-        # On a processor a batch is hardly quicker than its images one by one: what it may change is not worth it.
-        executor = catalog_executor(catalog, device, max_batch=settings.max_batch, reproducible=device.type == "cpu")
+        executor = catalog_executor(
+            catalog, device, max_batch=settings.max_batch, reproducible=settings.reproducible
+        )  # fmt: skip
         unusable = usable_candidates(catalog, executor)
     except Exception as error:
         connection.send(Broken(f"{type(error).__name__}: {' '.join(str(error).split())}"))
         return
     connection.send(Ready(unusable))
-    loop = DrawLoop(catalog, executor)
+    loop = make_loop(catalog, executor)
     while True:
+        if loop.idle and inbox.empty() and loop.warm():
+            continue
         for message in _messages(inbox, wait=loop.idle):
             if isinstance(message, Draw):
                 loop.take(message)
