@@ -28,11 +28,11 @@ __all__ = ["ServeSettings", "serve", "worker_settings"]
 class ServeSettings:
     """How to serve a catalog.
 
-    ``device`` None: every CUDA device, a worker each, or the CPU; ``max_batch`` images are stepped together, twice as
-    many are in flight in a worker, and
-    ``max_queue`` more wait. ``reproducible``: a picture has the same bits whatever is drawn beside it; None: on a
-    processor only, where it costs nothing with the engines that are quickest there. ``latency_target`` in seconds,
-    None: load changes no route. After a SIGTERM what was accepted is finished for at most ``drain_seconds``.
+    ``device`` None: every CUDA device, a worker each, or the CPU. A worker steps at most ``max_batch`` images together
+    and holds twice as many; ``max_queue`` more wait. ``reproducible``: a picture has the same bits whatever is drawn
+    beside it; None: on a processor only, where it costs nothing with the engines that are quickest there.
+    ``latency_target`` in seconds, None: load changes no route. After a SIGTERM what was accepted is finished for at
+    most ``drain_seconds``.
     """
 
     host: str = "127.0.0.1"

@@ -1,0 +1,79 @@
+"""Workers killed while people draw: nothing is lost, and no picture is another one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import Server, start_server
+
+CANDIDATES = ("cheap-2", "middle-3", "dear-4")
+PICTURES = 24
+
+
+def body(number: int) -> dict[str, object]:
+    return {"prompt": f"{number} dogs and a crown", "candidate": CANDIDATES[number % 3], "seed": number}
+
+
+def picture(http: httpx.Client, number: int) -> tuple[int, str]:
+    answer = http.post("/v1/images/generations", json=body(number))
+    return answer.status_code, answer.json()["data"][0]["b64_json"] if answer.status_code == 200 else answer.text
+
+
+def kill_one(server: Server, chance: random.Random) -> bool:
+    """SIGKILLs a worker in the midst of its work."""
+    pids = server.worker_pids()
+    if not pids or not server.metric("catimage_in_flight"):
+        return False
+    try:
+        os.kill(chance.choice(pids), signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "kills", [4, pytest.param(50, marks=pytest.mark.slow)], ids=["a-few-kills", "fifty-kills"]
+)  # fmt: skip
+def test_no_request_is_lost_and_no_picture_changed(tiny_catalog: Path, kills: int) -> None:
+    server = start_server(tiny_catalog, "--workers", "2", "--max-batch", "4", "--latency-target", "0")
+    chance = random.Random(kills)
+    try:
+        with httpx.Client(base_url=server.url, timeout=120) as http:
+            expected = [picture(http, number) for number in range(PICTURES)]
+            assert {status for status, _ in expected} == {200}
+            finished = threading.Event()
+            outcomes: list[tuple[int, tuple[int, str]]] = []
+
+            def client(first: int) -> None:
+                number = first
+                while not finished.is_set():
+                    outcomes.append((number, picture(http, number)))
+                    number = (number + 5) % PICTURES
+
+            with ThreadPoolExecutor(8) as threads:
+                clients = [threads.submit(client, first) for first in range(8)]
+                try:
+                    done, deadline = 0, time.monotonic() + 60 + 12 * kills
+                    while done < kills:
+                        assert time.monotonic() < deadline, f"only {done} kills"
+                        done += kill_one(server, chance)
+                        time.sleep(chance.uniform(0.2, 1.5))
+                finally:
+                    finished.set()
+                for one in clients:
+                    one.result()
+        wrong = [(number, got[0], got[1][:200]) for number, got in outcomes if got != expected[number]]
+        assert not wrong
+        assert len(outcomes) > kills
+        assert server.metric("catimage_worker_restarts") >= kills * 0.9
+        assert server.metric("catimage_queue_depth") == server.metric("catimage_in_flight") == 0
+    finally:
+        assert server.stop() == 0
