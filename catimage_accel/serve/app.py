@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 DOCS = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>catimage: HTTP API</title>
+<link rel="icon" href="data:,">
 <link rel="stylesheet" href="/docs/assets/swagger-ui.css"></head>
 <body><div id="docs"></div>
 <script src="/docs/assets/swagger-ui-bundle.js"></script><script src="/page/docs.js"></script></body></html>

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from catimage_accel.routing import LoadTradeoff
 
-__all__ = ["LoadGauge", "follow_load"]
+__all__ = ["LoadGauge", "Pressure"]
 
 
 class LoadGauge:
@@ -64,12 +65,22 @@ class LoadGauge:
         return self._busy + (0.0 if self._busy_since is None else self._clock() - self._busy_since)
 
 
-def follow_load(own: float, cheapest: float, target: float, dear_seconds: float) -> LoadTradeoff:
-    """The tradeoff by the predicted wait in seconds: ``own`` while all is quiet, ``cheapest`` before ``target`` passes.
+@dataclass(frozen=True)
+class Pressure:
+    """Raises tradeoffs as the predicted wait grows from ``low`` to ``high`` seconds."""
 
-    ``target`` (> 0) is the latency to keep in 95 of 100 cases; ``dear_seconds`` what the dearest image takes by itself.
-    """
-    if not target > 0:
-        raise ValueError(f"latency target is {target}; accepted: seconds above 0")
-    high = max(target - dear_seconds, 0.25 * target)
-    return LoadTradeoff(quiet=own, busy=max(own, cheapest), high=0.7 * high, low=0.1 * high)
+    low: float
+    high: float
+
+    @classmethod
+    def for_target(cls, target: float, dear_seconds: float) -> Pressure:
+        """To keep 95 of 100 latencies under ``target`` seconds (> 0), of which the dearest takes ``dear_seconds``."""
+        if not target > 0:
+            raise ValueError(f"latency target is {target}; accepted: seconds above 0")
+        room = max(target - dear_seconds, 0.25 * target)
+        return cls(low=0.2 * room, high=0.7 * room)
+
+    def tradeoff(self, asked: float, cheapest: float, wait: float) -> float:
+        """The tradeoff for a request that asks for ``asked``: up to ``cheapest``, at which all is drawn by the cheapest
+        candidate, and never less than ``asked``."""
+        return LoadTradeoff(asked, max(asked, cheapest), high=self.high, low=self.low).tradeoff(wait)

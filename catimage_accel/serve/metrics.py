@@ -53,9 +53,6 @@ class Metrics:
             ["kind"], registry=self.registry,
         )  # fmt: skip
         self.retries = Counter("catimage_retries", "Images drawn again.", ["reason"], registry=self.registry)
-        self.tradeoff_floor = Gauge(
-            "catimage_tradeoff_floor", "The least tradeoff that the load allows.", registry=self.registry
-        )
         self._ended: deque[tuple[float, float, str]] = deque()
         self._stepped: deque[tuple[float, int]] = deque()
         self.registry.register(self)  # type: ignore[arg-type]
@@ -72,6 +69,11 @@ class Metrics:
         """Has the gauge of replaced workers ask for its value."""
         gauge = Gauge("catimage_worker_restarts", "Workers lost and replaced.", registry=self.registry)
         gauge.set_function(restarts)
+
+    def watch_tradeoff(self, tradeoff: Callable[[], float]) -> None:
+        """Has the gauge of the load's effect ask for its value."""
+        text = "What the load makes of the catalog's own tradeoff."
+        Gauge("catimage_tradeoff", text, registry=self.registry).set_function(tradeoff)
 
     def stepped(self, done: Round) -> None:
         """One step of every batch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,14 +62,15 @@ class Routes:
         first: Choice,
         predicted: Mapping[str, float],
         *,
-        floor: float = 0.0,
+        pressure: Callable[[float], float] | None = None,
         seconds_left: float | None = None,
         seconds: Mapping[str, float] | None = None,
         without: Collection[str] = (),
     ) -> Choice:
         """The choice under what the moment asks for; ``first`` where it asks for nothing.
 
-        ``floor`` is the least tradeoff, by load: it never makes a choice dearer, and leaves a minimum quality alone.
+        ``pressure`` is what the load makes of a tradeoff: it never makes a choice dearer, and leaves a minimum quality
+        alone.
         With ``seconds_left``, only candidates that take no more ``seconds`` are chosen, the quickest if none does.
         ``without`` are candidates that can't be had; a candidate that the client named is kept whatever happens.
         """
@@ -83,8 +84,10 @@ class Routes:
             fitting = [name for name in names if seconds.get(name, 0.0) <= seconds_left]
             allowed = fitting or [min(names, key=lambda name: seconds.get(name, 0.0))]
             reason = "deadline"
-        if first.reason in ("tradeoff", "budget") and floor > (tradeoff or 0.0):
-            tradeoff = floor
+        if pressure is not None and first.reason in ("tradeoff", "budget"):
+            asked = tradeoff or 0.0
+            if (raised := pressure(asked)) > asked:
+                tradeoff = raised
         chosen = first.candidate.name
         if tradeoff is not None:
             chosen = self._best(predicted, allowed, tradeoff)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from catimage_accel.catalog import Catalog
 from catimage_accel.choosing import Policy
-from catimage_accel.routing import LoadTradeoff
 from catimage_accel.serve.admission import Admission, QueueFull
 from catimage_accel.serve.backend import Backend, DrawFailed, OutOfMemory, WorkerLost
-from catimage_accel.serve.load import LoadGauge, follow_load
+from catimage_accel.serve.load import LoadGauge, Pressure
 from catimage_accel.serve.messages import Draw, Drawn, Preview
 from catimage_accel.serve.metrics import Metrics
 from catimage_accel.serve.routes import Choice, Reason, Routes
@@ -129,12 +128,11 @@ class Service:
         self.metrics = metrics or Metrics()
         self.metrics.watch_queue(lambda: self.admission.waiting, lambda: self.admission.drawing)
         self.metrics.watch_workers(lambda: backend.restarts)
+        self.metrics.watch_tradeoff(lambda: self._raised(catalog.tradeoff))
         backend.watch(self.metrics.stepped)
-        self._follow: LoadTradeoff | None = None
+        self._pressure: Pressure | None = None
         if latency_target is not None:
-            self._follow = follow_load(
-                catalog.tradeoff, self.routes.max_tradeoff, latency_target, self.gauge.seconds(self.routes.dearest)
-            )
+            self._pressure = Pressure.for_target(latency_target, self.gauge.seconds(self.routes.dearest))
         self._routing = asyncio.Lock()
         self._bench: dict[str, float] = {}
         self._blamed: dict[str, int] = {}
@@ -221,19 +219,17 @@ class Service:
         return self.routes.adjust(
             first,
             predicted,
-            floor=self._floor(),
+            pressure=self._raised,
             seconds_left=left,
             seconds=seconds,
             without=self._unusable() | without,
         )
 
-    def _floor(self) -> float:
-        """The least tradeoff that the load allows, 0 while all is quiet."""
-        if self._follow is None:
-            return 0.0
-        found = self._follow.tradeoff(self.predicted_wait)
-        self.metrics.tradeoff_floor.set(found)
-        return found if found > self._follow.quiet else 0.0
+    def _raised(self, asked: float) -> float:
+        """What the load makes of a tradeoff."""
+        if self._pressure is None:
+            return asked
+        return self._pressure.tradeoff(asked, self.routes.max_tradeoff, self.predicted_wait)
 
     def _unusable(self) -> frozenset[str]:
         now = time.monotonic()
@@ -315,12 +311,11 @@ class Service:
 
 
 def _known_rate(catalog: Catalog) -> float | None:
-    """Cost a second by costs.json, of whatever device was measured last; None without times."""
-    rates: list[float] = []
-    costs: dict[str, Any] = catalog.costs
+    """Cost a second by costs.json, with each candidate's quickest engine on whatever device; None without times."""
+    seconds: dict[str, float] = {}
     for engines in catalog.milliseconds.values():
         for times in engines.values():
-            rates += [
-                costs[name] / min(sizes.values()) * 1000 for name, sizes in times.items() if name in costs and sizes
-            ]
+            for name, sizes in times.items():
+                seconds[name] = min(seconds.get(name, math.inf), *sizes.values()) / 1000 if sizes else math.inf
+    rates = [cost / seconds[name] for name, cost in catalog.costs.items() if name in seconds]
     return float(np.median(rates)) if rates else None

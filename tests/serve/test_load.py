@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catimage_accel.serve.load import LoadGauge, follow_load
+from catimage_accel.serve.load import LoadGauge, Pressure
 
 
 class Clock:
@@ -52,22 +52,23 @@ def test_without_knowledge_no_wait_is_predicted() -> None:
     assert LoadGauge(rate=50.0).seconds(100.0) == pytest.approx(2.0)
 
 
-def test_the_tradeoff_is_the_catalogs_own_when_quiet_and_the_cheapest_before_the_target_passes() -> None:
-    follow = follow_load(own=0.2, cheapest=3.0, target=10.0, dear_seconds=2.0)
-    assert follow.tradeoff(0.0) == 0.2
-    assert follow.tradeoff(8.0) == 3.0
-    assert 0.2 < follow.tradeoff(4.0) < 3.0
+def test_tradeoffs_are_as_asked_for_when_quiet_and_the_cheapest_before_the_target_passes() -> None:
+    pressure = Pressure.for_target(10.0, dear_seconds=2.0)
+    for asked in (0.0, 0.2):
+        assert pressure.tradeoff(asked, 3.0, wait=1.0) == asked
+        assert pressure.tradeoff(asked, 3.0, wait=8.0) == 3.0
+        assert asked < pressure.tradeoff(asked, 3.0, wait=4.0) < 3.0
+        assert pressure.tradeoff(asked, 3.0, wait=1.7) == pytest.approx(asked, abs=0.1), "it rises, it does not jump"
 
 
-def test_an_own_tradeoff_above_the_cheapest_is_kept() -> None:
-    assert follow_load(own=5.0, cheapest=3.0, target=10.0, dear_seconds=2.0).tradeoff(100.0) == 5.0
+def test_a_tradeoff_above_the_cheapest_is_kept() -> None:
+    assert Pressure.for_target(10.0, 2.0).tradeoff(5.0, 3.0, wait=100.0) == 5.0
 
 
 def test_a_target_that_one_dear_image_misses_still_has_a_range() -> None:
-    follow = follow_load(own=0.0, cheapest=1.0, target=1.0, dear_seconds=30.0)
-    assert follow.tradeoff(1.0) == 1.0
+    assert Pressure.for_target(1.0, dear_seconds=30.0).tradeoff(0.0, 1.0, wait=1.0) == 1.0
 
 
 def test_a_target_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="latency target is 0"):
-        follow_load(0.0, 1.0, 0.0, 1.0)
+        Pressure.for_target(0.0, 1.0)

@@ -37,27 +37,27 @@ def test_nothing_changes_when_nothing_asks_for_it(routes: Routes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("floor", "name"), [(0.05, "dear-4"), (0.1, "middle-3"), (1.0, "cheap-2")],
+    ("raised", "name"), [(0.05, "dear-4"), (0.1, "middle-3"), (1.0, "cheap-2")],
     ids=["as-asked-for", "some-pressure", "much-pressure"],
 )  # fmt: skip
-def test_load_makes_routes_cheaper(routes: Routes, floor: float, name: str) -> None:
-    found = routes.adjust(choice(routes, "dear-4"), PREDICTED, floor=floor)
+def test_load_makes_routes_cheaper(routes: Routes, raised: float, name: str) -> None:
+    found = routes.adjust(choice(routes, "dear-4"), PREDICTED, pressure=lambda asked: max(asked, raised))
     assert found.candidate.name == name
     if name != "dear-4":
-        assert (found.reason, found.tradeoff) == ("load", floor)
+        assert (found.reason, found.tradeoff) == ("load", raised)
 
 
 def test_load_never_makes_a_budget_dearer(routes: Routes) -> None:
     first = choice(routes, "cheap-2", reason="budget", tradeoff=None)
-    assert routes.adjust(first, PREDICTED, floor=0.01).candidate.name == "cheap-2"
+    assert routes.adjust(first, PREDICTED, pressure=lambda _: 0.01).candidate.name == "cheap-2"
     dear = choice(routes, "dear-4", reason="budget", tradeoff=None)
-    assert routes.adjust(dear, PREDICTED, floor=1.0).candidate.name == "cheap-2"
+    assert routes.adjust(dear, PREDICTED, pressure=lambda _: 1.0).candidate.name == "cheap-2"
 
 
 def test_load_leaves_a_minimum_quality_and_a_named_candidate_alone(routes: Routes) -> None:
     for reason in ("min_quality", "candidate"):
         first = choice(routes, "dear-4", reason=reason, tradeoff=None)
-        assert routes.adjust(first, PREDICTED, floor=10.0) is first
+        assert routes.adjust(first, PREDICTED, pressure=lambda _: 10.0) is first
 
 
 @pytest.mark.parametrize(
