@@ -15,8 +15,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from catimage_accel.catalog import Candidate, Catalog
 from catimage_accel.engines.loading import load_unet, load_vae
 from catimage_accel.executor import Executor, Job
+from catimage_accel.serve.draw_loop import DrawLoop
 from catimage_accel.serve.messages import Draw, Drawn, Failed, FromWorker, Round
-from catimage_accel.serve.worker import DrawLoop, WorkerSettings, run_worker
+from catimage_accel.serve.worker import WorkerSettings, run_worker
 
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
 

@@ -36,12 +36,20 @@ def serve(
     public_url: Annotated[
         str | None, typer.Option(help="What URLs of pictures begin with, where a proxy is in front.")
     ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve with Ray: replicas on this machine or a cluster.")] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="The cluster's; default: one on this machine, or a new one while this lasts.")
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="With --ray: GB of one of the cluster's GPUs.")] = 24.0,
     drain_seconds: Annotated[float, typer.Option(min=1, help="Most that ending waits for accepted requests.")] = 120.0,
 ) -> None:  # fmt: skip
     """Serve pictures over HTTP, with OpenAI's Images API, and a page to try it.
 
     SIGTERM or Ctrl-C ends it: nothing new is accepted, what was accepted is finished.
     """
+    if ray or ray_address is not None:
+        _on_ray(catalog, host, port, max_batch, max_queue, latency_target, _token(token_file), ray_address, gpu_memory)
+        return
     try:
         from catimage_accel.serve.server import ServeSettings
         from catimage_accel.serve.server import serve as run
@@ -62,6 +70,24 @@ def serve(
         started=lambda url: say(f"{url} (page), {url}/docs (API); loading models"),
         ready=lambda unusable: say(_ready(unusable)),
     )  # fmt: skip
+
+
+def _on_ray(
+    catalog: str, host: str, port: int, max_batch: int, max_queue: int, latency_target: float, token: str | None,
+    address: str | None, gpu_memory: float,
+) -> None:  # fmt: skip
+    try:
+        from catimage_accel.serve.ray_app import RaySettings, serve_on_ray
+    except ImportError as error:
+        raise ImportError(f"serving with Ray needs {error.name}: `pip install catimage-accel[ray]`") from error
+    from catimage_accel.catalog import Catalog
+
+    settings = RaySettings(
+        address=address, host=host, port=port, max_batch=max_batch, max_queue=max_queue,
+        latency_target=latency_target or None, token=token, gpu_gb=gpu_memory,
+    )  # fmt: skip
+    say("starting on Ray; models are loaded")
+    serve_on_ray(Catalog.load(catalog), settings, started=lambda url: say(f"ready: {url} (page), {url}/docs (API)"))
 
 
 def _ready(unusable: dict[str, str]) -> str:

@@ -49,10 +49,10 @@ DOCS = """<!doctype html>
 
 @dataclass(frozen=True)
 class AppSettings:
-    """``pictures`` is the folder for what "url" answers point to, each for ``picture_seconds``; ``public_url`` is what
-    those URLs begin with, None: as the client called. ``token`` None: anyone may draw."""
+    """``pictures`` is the folder for what "url" answers point to, each for ``picture_seconds``; None: there are none.
+    ``public_url`` is what those URLs begin with, None: as the client called. ``token`` None: anyone may draw."""
 
-    pictures: Path
+    pictures: Path | None
     token: str | None = None
     public_url: str | None = None
     max_body: int = 64 * 1024
@@ -66,7 +66,9 @@ def create_app(service: Service, settings: AppSettings) -> ASGIApp:
         lifespan=_lifespan(service), docs_url=None, redoc_url=None,
     )  # fmt: skip
     add_error_handlers(app, service)
-    store = PictureStore(settings.pictures, seconds=settings.picture_seconds)
+    store = None
+    if settings.pictures is not None:
+        store = PictureStore(settings.pictures, seconds=settings.picture_seconds)
     sizes = SizeLimits.of_catalog(service.catalog)
     _add_images(app, service, settings, store, sizes)
     _add_models(app, service, sizes)
@@ -92,7 +94,7 @@ def _lifespan(service: Service):  # type: ignore[no-untyped-def]
 
 
 def _add_images(
-    app: FastAPI, service: Service, settings: AppSettings, store: PictureStore, sizes: SizeLimits
+    app: FastAPI, service: Service, settings: AppSettings, store: PictureStore | None, sizes: SizeLimits
 ) -> None:  # fmt: skip
     errors: dict[int | str, dict[str, str]] = {
         400: {"description": "The request is wrong; the error says where."},
@@ -108,6 +110,8 @@ def _add_images(
         """Draws `n` images of the prompt. With `stream`, the answer is a stream of server-sent events."""
         policy = body.policy(_named(body, service))
         height, width = _parsed(sizes, body.size)
+        if body.response_format == "url" and store is None:
+            raise ApiError(400, "response_format is 'url'; accepted here: b64_json", param="response_format")
         loop = asyncio.get_running_loop()
         await service.route(body.prompt, policy)  # what is wrong with it is told before anything is sent
         service.admission.check_room(body.n or 1)
@@ -118,6 +122,7 @@ def _add_images(
         )  # fmt: skip
 
         def link(file: bytes, output_format: OutputFormat) -> str:
+            assert store is not None  # else refused above
             base = settings.public_url or str(request.base_url)
             return f"{base.rstrip('/')}/v1/images/files/{store.add(file, output_format)}"
 
@@ -137,7 +142,7 @@ def _add_images(
     @app.get("/v1/images/files/{name}", response_class=FileResponse, responses=missing, tags=["images"])
     async def picture(name: Annotated[str, PathParameter(max_length=60)]) -> Response:
         """A picture that an answer with `response_format` "url" pointed to; for a while."""
-        path = store.find(name)
+        path = None if store is None else store.find(name)
         if path is None:
             raise ApiError(404, "there is no such picture, or its time is over", param="name", code="not_found")
         return FileResponse(path, headers={"Cache-Control": "private, max-age=3600"})

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from catimage_accel.serve.backend import WorkerLost
+from catimage_accel.serve.draw_loop import preview_steps
 from catimage_accel.serve.messages import Draw, Preview
 from catimage_accel.serve.pool import WorkerPool
-from catimage_accel.serve.worker import WorkerSettings, preview_steps
+from catimage_accel.serve.worker import WorkerSettings
 
 
 def with_pool(
