@@ -190,16 +190,15 @@ def serve_on_ray(catalog: Catalog, settings: RaySettings, *, started: Callable[[
     import ray
 
     ended = threading.Event()
-    handlers = {one: signal.signal(one, lambda *_: ended.set()) for one in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with connect(settings.address):
+    with connect(settings.address):
+        # Ray sets handlers of its own, which end the process at once.
+        handlers = {one: signal.signal(one, lambda *_: ended.set()) for one in (signal.SIGTERM, signal.SIGINT)}
+        try:
             serve.start(http_options={"host": settings.host, "port": settings.port}, proxy_location="HeadOnly")
-            try:
-                serve.run(application(catalog, settings, ray.cluster_resources()), name=APP, route_prefix="/")
-                started(f"http://{settings.host}:{settings.port}")
-                ended.wait()
-            finally:
-                serve.shutdown()
-    finally:
-        for one, handler in handlers.items():
-            signal.signal(one, handler)
+            serve.run(application(catalog, settings, ray.cluster_resources()), name=APP, route_prefix="/")
+            started(f"http://{settings.host}:{settings.port}")
+            ended.wait()
+        finally:
+            serve.shutdown()
+            for one, handler in handlers.items():
+                signal.signal(one, handler)
