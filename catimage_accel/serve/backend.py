@@ -44,8 +44,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def ready(self) -> bool:
-        """Whether an image given now would be begun."""
+    def workers(self) -> int:
+        """Workers that would begin an image given now."""
         ...
 
     @property

@@ -65,10 +65,11 @@ class Metrics:
         ):
             Gauge(name, text, registry=self.registry).set_function(value)
 
-    def watch_workers(self, restarts: Callable[[], int]) -> None:
-        """Has the gauge of replaced workers ask for its value."""
-        gauge = Gauge("catimage_worker_restarts", "Workers lost and replaced.", registry=self.registry)
-        gauge.set_function(restarts)
+    def watch_workers(self, ready: Callable[[], int], restarts: Callable[[], int]) -> None:
+        """Has the gauges of workers ask for their values."""
+        Gauge("catimage_workers", "Workers that are ready.", registry=self.registry).set_function(ready)
+        text = "Workers lost and replaced."
+        Gauge("catimage_worker_restarts", text, registry=self.registry).set_function(restarts)
 
     def watch_tradeoff(self, tradeoff: Callable[[], float]) -> None:
         """Has the gauge of the load's effect ask for its value."""

@@ -101,8 +101,8 @@ class WorkerPool:
                 await asyncio.to_thread(process.join)
 
     @property
-    def ready(self) -> bool:
-        return any(worker.ready for worker in self._workers)
+    def workers(self) -> int:
+        return sum(worker.ready for worker in self._workers)
 
     @property
     def pids(self) -> list[int]:

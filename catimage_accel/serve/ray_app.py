@@ -59,7 +59,7 @@ class RayBackend:
     def __init__(self, handles: Mapping[str, Any], places: Mapping[str, str], capacity: int) -> None:
         self.capacity = capacity
         self.unusable: dict[str, str] = {}
-        self.ready = False
+        self.workers = 0
         self._handles = handles
         self._places = places
         self._on_round: OnRound = lambda _: None
@@ -67,10 +67,10 @@ class RayBackend:
     async def start(self) -> None:
         for handle in self._handles.values():
             self.unusable |= await handle.unusable.remote()
-        self.ready = True
+        self.workers = len(self._handles)
 
     async def stop(self) -> None:
-        self.ready = False
+        self.workers = 0
 
     def watch(self, on_round: OnRound) -> None:
         self._on_round = on_round

@@ -127,7 +127,7 @@ class Service:
         self.gauge = LoadGauge(_known_rate(catalog))
         self.metrics = metrics or Metrics()
         self.metrics.watch_queue(lambda: self.admission.waiting, lambda: self.admission.drawing)
-        self.metrics.watch_workers(lambda: backend.restarts)
+        self.metrics.watch_workers(lambda: backend.workers, lambda: backend.restarts)
         self.metrics.watch_tradeoff(lambda: self._raised(catalog.tradeoff))
         backend.watch(self.metrics.stepped)
         self._pressure: Pressure | None = None
@@ -140,7 +140,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return self.backend.ready and not self.draining
+        return self.backend.workers > 0 and not self.draining
 
     async def route(self, prompt: str, policy: Policy) -> tuple[Choice, dict[str, float]]:
         """As a request would be routed now; ValueError for a policy that can't be followed."""

@@ -35,7 +35,7 @@ class FailingWorkers:
         self.behaviour = behaviour
         self.capacity = capacity
         self.unusable: dict[str, str] = {}
-        self.ready, self.restarts = True, 0
+        self.workers, self.restarts = 1, 0
         self.drawn: list[tuple[str, bool]] = []
         self.cancelled = 0
 
