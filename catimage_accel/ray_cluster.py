@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,17 +29,30 @@ def connect(address: str | None = None, **options: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        _check_answers(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(address=address or os.environ.get("RAY_ADDRESS") or "auto", **quiet)
-    except ConnectionError as error:
-        if address or os.environ.get("RAY_ADDRESS"):
-            raise ConnectionError(
-                f"no Ray cluster answers at {address or os.environ['RAY_ADDRESS']}; start one with "
-                "`ray start --head`, or leave the address out"
-            ) from error
+        ray.init(address=address or "auto", **quiet)
+    except ConnectionError:
+        if address is not None:
+            raise
         ray.init(include_dashboard=False, **{**quiet, **options})
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for minutes, and then end the process."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():  # "auto", "local"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address}: {error}; start one with `ray start --head`, or leave the address out"
+        ) from None

@@ -8,7 +8,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,49 @@ def image_seed(seed: int, prompt: str) -> int:
     return zlib.crc32(prompt.encode("utf-8"), seed)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is drawn at once: images, and the positions of those that each metric has no score of."""
+
+    number: int
+    images: list[_Image]
+    lacking: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of a part's images, (position, score), by one metric. With ``metric`` None the part is done, and ``error``
+    is what kept some of its images from being drawn."""
+
+    number: int
+    metric: str | None
+    scores: list[tuple[int, float]]
+    error: Exception | None = None
+
+
+ScoreParts = Callable[[Sequence[Part], Callable[[int], None]], Iterator[Scored]]
+"""Draws and scores parts, telling its second argument of every image; the parts may come in any order."""
+
+
+def score_here(executor: Executor, metrics: Sequence[Metric]) -> ScoreParts:
+    """Part by part with this process's executor."""
+
+    def score_parts(parts: Sequence[Part], advance: Callable[[int], None]) -> Iterator[Scored]:
+        for part in parts:
+            drawn, error = draw(executor, part.images, advance)
+            positions = {one: position for position, one in enumerate(part.images)}
+            pictures = {positions[one]: image for one, image in drawn}
+            for metric in metrics:
+                new = [position for position in part.lacking[metric.name] if position in pictures]
+                if new:
+                    prompts = [part.images[position][0] for position in new]
+                    scores = metric.score([pictures[position] for position in new], prompts)
+                    yield Scored(part.number, metric.name, list(zip(new, scores.tolist(), strict=True)))
+            yield Scored(part.number, None, [], error)
+
+    return score_parts
+
+
 def score_candidates(
     catalog: Catalog,
     executor: Executor,
@@ -48,6 +91,7 @@ def score_candidates(
     chunk: int = CHUNK,
     advance: Callable[[int], None] = lambda _: None,
     estimate: Callable[[int, float | None], None] = lambda *_: None,
+    score_parts: ScoreParts | None = None,
 ) -> int:
     """Draws ``prompts`` x candidates x ``seeds`` and adds their scores to quality.parquet; returns the rows added.
 
@@ -60,6 +104,7 @@ def score_candidates(
     ``advance`` is told of every image, those of earlier runs included. ``estimate`` is told, before anything is drawn,
     the number of images to draw and the seconds that will take by costs.json, or None where it has no times of this
     device; then, once the first chunk is done, again: the images left and the seconds by what that chunk took.
+    ``score_parts`` does the work; None: ``executor`` and ``metrics``, here.
     """
     names = [metric.name for metric in metrics]
     if not names or len(set(names)) < len(names):
@@ -81,23 +126,24 @@ def score_candidates(
     seconds = drawing_seconds(catalog, executor, left)
     if left:
         estimate(left.total(), seconds)
-    for todo, part in zip(chunks, missing, strict=True):
-        advance(len(todo) - len(part))
-        if not part:
-            continue
-        start = time.perf_counter()
-        drawn, error = draw(executor, part, advance)
-        for metric in metrics:
-            new = [(one, image) for one, image in drawn if table.lacks(metric.name, one)]
-            if not new:
-                continue
-            scores = metric.score([image for _, image in new], [prompt for (prompt, _, _), _ in new])
-            for (one, _), score in zip(new, scores.tolist(), strict=True):
-                table.add(metric.name, one, score)
+    advance(sum(map(len, chunks)) - left.total())
+    parts = {
+        number: Part(number, images, {
+            name: [position for position, one in enumerate(images) if table.lacks(name, one)] for name in names
+        })
+        for number, images in enumerate(missing) if images
+    }  # fmt: skip
+    start = time.perf_counter()
+    for scored in (score_parts or score_here(executor, metrics))(list(parts.values()), advance):
+        images = parts[scored.number].images
+        if scored.metric is not None:
+            for position, score in scored.scores:
+                table.add(scored.metric, images[position], score)
             table.write()
-        if error is not None:
-            raise error
-        done = Counter(candidate.name for _, candidate, _ in part)
+            continue
+        if scored.error is not None:
+            raise scored.error
+        done = Counter(candidate.name for _, candidate, _ in images)
         left -= done
         if left and seconds is None:
             seconds = (time.perf_counter() - start) * _work(catalog, left) / _work(catalog, done)

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from catimage_accel.cli.console import say
 
-USAGE_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError)
+USAGE_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError, ConnectionError)
 
 
 class _Root(TyperGroup):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from catimage_accel.quality import Metric
+    from catimage_accel.ray_scoring import MakeMetrics
+    from catimage_accel.scoring import ScoreParts
 
 
 def profile(
@@ -40,6 +44,12 @@ def profile(
     chunk: Annotated[int, typer.Option(min=1, help="Prompts between two writes of quality.parquet.")] = 32,
     max_batch: Annotated[int, typer.Option(min=1, help="Images in flight.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a CUDA device where there is one.")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Draw and score with Ray, on this machine or the cluster it belongs to.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: executors; default: one a GPU, or a machine without.")
+    ] = None,
 ) -> None:
     """Measure a catalog: FLOPs and milliseconds an image into costs.json, scores into quality.parquet.
 
@@ -48,6 +58,7 @@ def profile(
     """
     loaded = Catalog.load(catalog, verify=False)
     options = {"--aesthetic-head": aesthetic_head, "--aesthetic-clip": aesthetic_clip, "--image-reward": image_reward}
+    names = metric or ["clip_score"]
     texts: list[str] = []
     if metric and prompts is None:
         raise ValueError(f"metric is {', '.join(metric)}, but there is nothing to score; give --prompts")
@@ -66,7 +77,7 @@ def profile(
         executor = profiling.catalog_executor(loaded, found, max_batch=max_batch)
         for candidate in loaded.candidates:
             executor.check(candidate)
-        metrics = _metrics(metric or ["clip_score"], loaded, options, found) if texts else []
+        metrics = _metrics(names, loaded, found, options=options) if texts else []
     with progress_bar() as progress:
         bar = progress.add_task("counting FLOPs", total=len(loaded.candidates))
         flops = profiling.count_flops(loaded, lambda number: progress.advance(bar, number))
@@ -90,17 +101,33 @@ def profile(
 
             total = len(set(texts)) * len(loaded.candidates) * seeds
             bar = progress.add_task("drawing and scoring", total=total)
-            added = score_candidates(
-                replace(loaded, flops=flops, milliseconds=milliseconds), executor, metrics, texts,
-                range(first_seed, first_seed + seeds), chunk=chunk,
-                advance=lambda number: progress.advance(bar, number), estimate=estimate,
-            )  # fmt: skip
+            with _fanned_out(ray, loaded, partial(_metrics, names, options=options), max_batch, workers) as score_parts:
+                added = score_candidates(
+                    replace(loaded, flops=flops, milliseconds=milliseconds), executor, metrics, texts,
+                    range(first_seed, first_seed + seeds), chunk=chunk,
+                    advance=lambda number: progress.advance(bar, number), estimate=estimate, score_parts=score_parts,
+                )  # fmt: skip
             say(f"{added} scores added")
     _refresh_checksums(loaded)
 
 
+@contextmanager
+def _fanned_out(
+    ray: bool, catalog: Catalog, make_metrics: MakeMetrics, max_batch: int, workers: int | None
+) -> Iterator[ScoreParts | None]:
+    """Who draws and scores: Ray's actors, or None for this process."""
+    if not ray:
+        yield None
+        return
+    from catimage_accel.ray_cluster import connect
+    from catimage_accel.ray_scoring import score_on_ray
+
+    with connect():
+        yield score_on_ray(catalog, make_metrics, max_batch=max_batch, workers=workers)
+
+
 def _metrics(
-    names: Sequence[str], catalog: Catalog, options: Mapping[str, Path | str | None], device: torch.device
+    names: Sequence[str], catalog: Catalog, device: torch.device, *, options: Mapping[str, Path | str | None]
 ) -> list[Metric]:
     from catimage_accel.quality import METRICS, load_metric
 

@@ -11,6 +11,8 @@ from catimage_accel.routing import LoadTradeoff
 
 __all__ = ["LoadGauge", "Pressure"]
 
+GUESS_SECONDS = 5.0
+
 
 class LoadGauge:
     """Measures how much cost is drawn a second while there is work, over the last ``window`` seconds of it.
@@ -51,9 +53,9 @@ class LoadGauge:
         now = self._busy_time()
         span = min(now, self._window)
         drawn = sum(cost for when, cost in self._drawn if when >= now - self._window)
-        # A guess counts as two seconds, so that the first images do not make wild ones.
-        if self._guess is not None:
-            return (drawn + 2 * self._guess) / (span + 2)
+        # Until enough is measured the guess, which may be another machine's, stands for the rest.
+        if self._guess is not None and span < GUESS_SECONDS:
+            return (drawn + (GUESS_SECONDS - span) * self._guess) / GUESS_SECONDS
         return drawn / span if span > 0 and drawn > 0 else None
 
     def seconds(self, cost: float) -> float:

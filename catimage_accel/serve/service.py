@@ -312,10 +312,10 @@ class Service:
 
 def _known_rate(catalog: Catalog) -> float | None:
     """Cost a second by costs.json, with each candidate's quickest engine on whatever device; None without times."""
-    seconds: dict[str, float] = {}
+    quickest: dict[str, float] = {}
     for engines in catalog.milliseconds.values():
         for times in engines.values():
             for name, sizes in times.items():
-                seconds[name] = min(seconds.get(name, math.inf), *sizes.values()) / 1000 if sizes else math.inf
-    rates = [cost / seconds[name] for name, cost in catalog.costs.items() if name in seconds]
+                quickest[name] = min([quickest.get(name, math.inf), *sizes.values()])
+    rates = [1000 * cost / quickest[name] for name, cost in catalog.costs.items() if name in quickest]
     return float(np.median(rates)) if rates else None

@@ -52,6 +52,16 @@ def test_without_knowledge_no_wait_is_predicted() -> None:
     assert LoadGauge(rate=50.0).seconds(100.0) == pytest.approx(2.0)
 
 
+def test_a_wrong_guess_is_forgotten_after_seconds() -> None:
+    clock = Clock()
+    gauge = LoadGauge(rate=1e9, clock=clock)
+    for _ in range(6):
+        gauge.begin()
+        clock.now += 1.0
+        gauge.end(10.0)
+    assert gauge.rate == pytest.approx(10.0)
+
+
 def test_tradeoffs_are_as_asked_for_when_quiet_and_the_cheapest_before_the_target_passes() -> None:
     pressure = Pressure.for_target(10.0, dear_seconds=2.0)
     for asked in (0.0, 0.2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,15 @@ def test_metrics_count_what_was_drawn_spent_and_saved(catalog: Catalog) -> None:
     assert 'catimage_cost_total{kind="saved"} 7.0' in lines
     assert 'catimage_route_share{candidate="dear-4"} 0.5' in lines
     assert "catimage_queue_depth 0.0" in lines
+
+
+def test_the_first_guess_of_the_rate_is_that_of_the_quickest_engines(catalog: Catalog) -> None:
+    times = {"cheap-2": {"1": 2000.0, "4": 1000.0}, "middle-3": {"1": 3000.0}, "dear-4": {"1": 9000.0, "4": 8000.0}}
+    slower = {name: {size: 3 * time for size, time in sizes.items()} for name, sizes in times.items()}
+    timed = replace(catalog, milliseconds={"some device": {"eager": slower, "openvino": times, "onnxruntime": slower}})
+
+    async def main() -> float | None:
+        return Service(timed, FailingWorkers()).gauge.rate
+
+    # GFLOP a second: 1, 3 and 8 of them in 1, 3 and 8 seconds.
+    assert run(main()) == pytest.approx(1.0)
