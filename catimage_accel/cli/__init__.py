@@ -12,7 +12,9 @@ from typer.core import TyperGroup
 
 from catimage_accel.cli.console import say
 
-USAGE_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError, ConnectionError)
+USAGE_ERRORS = (
+    ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ConnectionError, ImportError,
+)  # fmt: skip
 
 
 class _Root(TyperGroup):
