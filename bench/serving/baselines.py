@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from bench_executor import SCHEDULERS
+from diffusers import StableDiffusionPipeline
 
 from catimage_accel.catalog import Candidate, Catalog
 from catimage_accel.engines.loading import load_unet, load_vae
@@ -18,8 +19,6 @@ from catimage_accel.executor import Executor, Job
 from catimage_accel.serve.draw_loop import DrawLoop
 from catimage_accel.serve.messages import Draw, Drawn, Failed, FromWorker, Round
 from catimage_accel.serve.worker import WorkerSettings, run_worker
-
-SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
 
 
 class _Queue:

@@ -24,11 +24,9 @@ def results() -> Console:
 def loading(what: str) -> Iterator[None]:
     """A spinner on standard error, and none of the libraries' own bars, while ``what`` loads."""
     with Console(file=sys.stderr).status(f"loading {what}"):
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
+        from catimage_accel.engines.loading import hide_progress_bars
 
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
+        hide_progress_bars()
         yield
 
 

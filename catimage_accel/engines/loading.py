@@ -147,3 +147,12 @@ def _weight_variant(folder: Path, part: str) -> str | None:
     others = sorted(path.name for path in folder.glob("*.bin"))
     found = f"found {', '.join(others)}, a pickle, which is never loaded" if others else "found none"
     raise FileNotFoundError(f"{folder} has no {stem}.safetensors ({found})")
+
+
+def hide_progress_bars() -> None:
+    """Has diffusers and transformers show none of their own while they load."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from catimage_accel.arguments import check_one_of
 from catimage_accel.choosing import Policy
 from catimage_accel.serve.pictures import OutputFormat
-from catimage_accel.serve.routes import Reason
+from catimage_accel.serve.service import ServedRoute
 
 __all__ = ["MAX_IMAGES", "MAX_PREVIEWS", "MAX_PROMPT", "GenerateRequest", "ImagesAnswer", "ModelsAnswer", "RouteAnswer",
            "RouteRequest"]  # fmt: skip
@@ -87,21 +88,8 @@ class GenerateRequest(RouteRequest):
     style: Annotated[str | None, Field(max_length=200)] = None
 
 
-class RouteFields(BaseModel):
-    """Who draws, and why. ``reason`` "load": a higher tradeoff than asked for, as many images wait; "deadline": a
-    quicker candidate, to be in time; "retry": another one failed."""
-
-    candidate: str
-    predicted_quality: dict[str, float]
-    cost: float
-    cost_unit: str
-    tradeoff: float | None
-    reason: Reason
-    queue_ms: float = 0.0
-    draw_ms: float = 0.0
-
-
-class RouteAnswer(RouteFields):
+@dataclass(frozen=True)
+class RouteAnswer(ServedRoute):
     """A route of which nothing is drawn."""
 
     object: Literal["route"] = "route"
@@ -113,7 +101,7 @@ class ImageFields(BaseModel):
     b64_json: str | None = None
     url: str | None = None
     seed: int
-    route: RouteFields
+    route: ServedRoute
 
 
 class ImagesAnswer(BaseModel):

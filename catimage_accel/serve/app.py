@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -36,7 +35,6 @@ from catimage_accel.serve.sizes import SizeLimits
 
 __all__ = ["AppSettings", "create_app"]
 
-logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 DOCS = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>catimage: HTTP API</title>
@@ -113,7 +111,7 @@ def _add_images(
         if body.response_format == "url" and store is None:
             raise ApiError(400, "response_format is 'url'; accepted here: b64_json", param="response_format")
         loop = asyncio.get_running_loop()
-        await service.route(body.prompt, policy)  # what is wrong with it is told before anything is sent
+        routed = await service.routed(body.prompt, policy)  # what is wrong is told before anything is sent
         service.admission.check_room(body.n or 1)
         first = ImageRequest(
             body.prompt, policy, height=height, width=width,
@@ -126,7 +124,7 @@ def _add_images(
             base = settings.public_url or str(request.base_url)
             return f"{base.rstrip('/')}/v1/images/files/{store.add(file, output_format)}"
 
-        generation = Generation(body, first, service, link)
+        generation = Generation(body, first, routed, service, link)
         if body.stream:
             return StreamingResponse(generation.stream(), media_type="text/event-stream")  # type: ignore[return-value]
         return await while_connected(request, generation.all())
@@ -134,8 +132,7 @@ def _add_images(
     @app.post("/v1/routes", responses={400: errors[400], 401: errors[401]}, tags=["images"])
     async def route(body: RouteRequest) -> RouteAnswer:
         """Which candidate would draw the prompt now, and what is predicted of each; draws nothing."""
-        choice, predicted = await service.route(body.prompt, body.policy(_named(body, service)))
-        return RouteAnswer(**asdict(service.told(choice, predicted)))
+        return RouteAnswer(**asdict(await service.route(body.prompt, body.policy(_named(body, service)))))
 
     missing: dict[int | str, dict[str, str]] = {404: {"description": "No such picture."}}
 

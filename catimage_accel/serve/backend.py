@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from catimage_accel.serve.messages import Draw, Drawn, Preview, Round
+from catimage_accel.serve.messages import Draw, Drawn, Failed, Preview, Round
 
-__all__ = ["Backend", "DrawFailed", "OnPreview", "OnProgress", "OnRound", "OutOfMemory", "WorkerLost"]
+__all__ = ["Backend", "DrawFailed", "OnPreview", "OnProgress", "OnRound", "OutOfMemory", "WorkerLost",
+           "failure"]  # fmt: skip
 
 OnProgress = Callable[[int, int], None]
 """Called with the steps done and the steps there are."""
@@ -25,6 +26,11 @@ class OutOfMemory(DrawFailed):
 
 class WorkerLost(RuntimeError):
     """The worker that drew this image is gone, and what it had with it."""
+
+
+def failure(failed: Failed) -> DrawFailed:
+    """The exception for what a worker told."""
+    return (OutOfMemory if failed.kind == "memory" else DrawFailed)(failed.reason)
 
 
 class Backend(Protocol):

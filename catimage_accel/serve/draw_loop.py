@@ -14,7 +14,7 @@ from catimage_accel.executor import Executor, Finished, Flight, Job, Step, out_o
 from catimage_accel.executor.flight import to_bytes
 from catimage_accel.serve.messages import Draw, Drawn, Failed, FromWorker, Preview, Round
 
-__all__ = ["DrawLoop", "preview_steps", "usable_candidates"]
+__all__ = ["DrawLoop", "in_one_line", "preview_steps", "usable_candidates"]
 
 PREVIEW_SHARE = 0.1
 """Previews are left out where they would take more than this share of a worker's time."""
@@ -23,6 +23,11 @@ TELL_SECONDS = 0.05
 """Progress is told no more often: who hears it shares a processor with those that draw."""
 WARM_BATCHES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Images together that a worker tries while it has nothing else to do."""
+
+
+def in_one_line(error: Exception) -> str:
+    """What an exception says, for a message to the server."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def preview_steps(previews: int, steps: int) -> frozenset[int]:
@@ -42,7 +47,7 @@ def usable_candidates(catalog: Catalog, executor: Executor) -> dict[str, str]:
             if candidate in drawn:
                 _draw_briefly(executor, candidate, 1)
         except Exception as error:
-            unusable[candidate.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            unusable[candidate.name] = in_one_line(error)
     return unusable
 
 
@@ -128,17 +133,16 @@ class DrawLoop:
         key = step.job.key
         self._progress[key] = (step.index + 1, step.steps)
         self._batches.append(step.batch)
-        if step.index + 1 in preview_steps(self._draws[key].previews, step.steps):
+        previews = self._draws[key].previews
+        if previews and step.index + 1 in preview_steps(previews, step.steps):
             self._previews.append(step)
 
     def _outcome(self, finished: Finished) -> FromWorker:
         self._draws.pop(finished.key)
         if finished.image is not None:
             return Drawn(finished.key, finished.image, finished.milliseconds)
-        error = finished.error
-        memory = error is not None and out_of_memory(error)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        return Failed(finished.key, "memory" if memory else "candidate", reason)
+        error = finished.error or RuntimeError("no image, and no error")
+        return Failed(finished.key, "memory" if out_of_memory(error) else "candidate", in_one_line(error))
 
     def _decoded_previews(self) -> list[FromWorker]:
         """Previews of this round; a preview that can't be made is none, and costs its image nothing."""

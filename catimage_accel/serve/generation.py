@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from catimage_accel.serve.api import GenerateRequest, ImageFields, ImagesAnswer, RouteFields
+from catimage_accel.serve.api import GenerateRequest, ImageFields, ImagesAnswer
 from catimage_accel.serve.errors import ApiError, described
 from catimage_accel.serve.events import DONE, EventBuffer, event_bytes
 from catimage_accel.serve.messages import Preview
 from catimage_accel.serve.pictures import OutputFormat, encode
-from catimage_accel.serve.service import ImageRequest, Observer, Picture, ServedRoute, Service
+from catimage_accel.serve.service import ImageRequest, Observer, Picture, Routed, ServedRoute, Service
 
 __all__ = ["Generation", "while_connected"]
 
@@ -27,9 +27,12 @@ _Link = Callable[[bytes, OutputFormat], str]
 
 class Generation:
     """The images of one request. ``link`` stores a file and returns its URL; ``first`` is an image's request without
-    its seed."""
+    its seed, ``routed`` what the router makes of it."""
 
-    def __init__(self, body: GenerateRequest, first: ImageRequest, service: Service, link: _Link) -> None:
+    def __init__(
+        self, body: GenerateRequest, first: ImageRequest, routed: Routed, service: Service, link: _Link
+    ) -> None:
+        self._routed = routed
         self._service = service
         self._link = link
         self._format: OutputFormat = body.output_format or "png"
@@ -44,13 +47,13 @@ class Generation:
     async def all(self) -> ImagesAnswer:
         """All images; if one of them fails the others are called off, and its error is raised."""
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._service.draw(request)) for request in self._requests]
+            tasks = [group.create_task(self._service.draw(request, routed=self._routed)) for request in self._requests]
         pictures = [task.result() for task in tasks]
         files = [await asyncio.to_thread(encode, picture.pixels, self._format) for picture in pictures]
         data = [
             ImageFields(
                 **({"url": self._link(file, self._format)} if self._as_url else {"b64_json": _base64(file)}),
-                seed=picture.seed, route=_fields(picture.route),
+                seed=picture.seed, route=picture.route,
             )
             for picture, file in zip(pictures, files, strict=True)
         ]  # fmt: skip
@@ -73,7 +76,7 @@ class Generation:
     async def _into(self, buffer: EventBuffer) -> None:
         async def one(index: int, request: ImageRequest) -> None:
             observer = _Streamer(index, self, buffer)
-            picture = await self._service.draw(request, observer)
+            picture = await self._service.draw(request, observer, routed=self._routed)
             buffer.put(await self._completed(index, picture))
 
         try:
@@ -147,10 +150,6 @@ async def while_connected(request: Request, work: Awaitable[_Result]) -> _Result
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _fields(route: ServedRoute) -> RouteFields:
-    return RouteFields(**asdict(route))
 
 
 def _size(pixels: Any) -> str:

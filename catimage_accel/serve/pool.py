@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from catimage_accel.serve.backend import DrawFailed, OnPreview, OnProgress, OnRound, OutOfMemory, WorkerLost
+from catimage_accel.serve.backend import OnPreview, OnProgress, OnRound, WorkerLost, failure
 from catimage_accel.serve.messages import Broken, Cancel, Draw, Drawn, Failed, Preview, Ready, Round, Stop
 from catimage_accel.serve.worker import WorkerSettings, run_worker
 
@@ -27,7 +27,6 @@ RESTART_PAUSES = (0.0, 0.0, 0.5, 2.0, 10.0)
 
 @dataclass(eq=False)
 class _Flying:
-    draw: Draw
     done: asyncio.Future[Drawn]
     on_progress: OnProgress | None
     on_preview: OnPreview | None
@@ -121,7 +120,7 @@ class WorkerPool:
         alone: bool = False,
     ) -> Drawn:
         worker = await (self._reserve(draw.key) if alone else self._place())
-        flying = _Flying(draw, self._loop.create_future(), on_progress, on_preview)
+        flying = _Flying(self._loop.create_future(), on_progress, on_preview)
         if not worker.flying:
             worker.heard = time.monotonic()
         worker.flying[draw.key] = flying
@@ -215,8 +214,7 @@ class WorkerPool:
             elif flying.done.done():
                 pass
             elif isinstance(message, Failed):
-                kind = OutOfMemory if message.kind == "memory" else DrawFailed
-                flying.done.set_exception(kind(message.reason))
+                flying.done.set_exception(failure(message))
             else:
                 flying.done.set_result(message)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import re
 import signal
@@ -17,13 +16,12 @@ from ray.exceptions import RayError, RayTaskError
 
 from catimage_accel.catalog import Candidate, Catalog
 from catimage_accel.ray_cluster import connect
-from catimage_accel.serve.backend import DrawFailed, OnPreview, OnProgress, OnRound, OutOfMemory, WorkerLost
+from catimage_accel.serve.backend import DrawFailed, OnPreview, OnProgress, OnRound, WorkerLost, failure
 from catimage_accel.serve.messages import Draw, Drawn, Failed, Preview, Round
 from catimage_accel.serve.worker import WorkerSettings
 
 __all__ = ["APP", "RayBackend", "RaySettings", "application", "gpu_share", "serve_on_ray"]
 
-logger = logging.getLogger(__name__)
 APP = "catimage"
 ROUTER_CPUS = 0.2
 
@@ -95,7 +93,7 @@ class RayBackend:
                     if on_preview is not None:
                         on_preview(told)
                 elif isinstance(told, Failed):
-                    raise (OutOfMemory if told.kind == "memory" else DrawFailed)(told.reason)
+                    raise failure(told)
                 else:
                     drawn: Drawn = told
                     return drawn

@@ -123,8 +123,6 @@ def serve(
     Accepts nothing new from then on, finishes what was accepted, and returns. ValueError for settings that can't be,
     OSError for an address that can't be had, before anything is loaded; RuntimeError if no worker can draw.
     """
-    if settings.latency_target is not None and not settings.latency_target > 0:
-        raise ValueError(f"latency target is {settings.latency_target}; accepted: seconds above 0")
     if settings.token is not None and not settings.token.strip():
         raise ValueError("the token is empty; accepted: at least one character that is no space")
     workers = worker_settings(catalog, settings)

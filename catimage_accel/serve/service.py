@@ -27,6 +27,7 @@ __all__ = [
     "ImageRequest",
     "Observer",
     "Picture",
+    "Routed",
     "ServedRoute",
     "Service",
 ]
@@ -38,6 +39,10 @@ LONE_CRASHES = 2
 """An image that was alone in so many workers that died is not drawn again."""
 MEMORY_RETRIES = 3
 BENCH_SECONDS = 60.0
+
+
+Routed = tuple[Choice, dict[str, float]]
+"""The policy's choice, and every candidate's predicted quality."""
 
 
 class DeadlineMissed(RuntimeError):
@@ -72,7 +77,11 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class ServedRoute:
-    """Who drew an image, and why. ``cost`` in ``cost_unit``; ``queue_ms`` and ``draw_ms`` are 0 before it is drawn."""
+    """Who drew an image, and why. ``cost`` in ``cost_unit``; ``queue_ms`` and ``draw_ms`` are 0 before it is drawn.
+
+    ``reason`` "load": a higher tradeoff than asked for, as many images wait; "deadline": a quicker candidate, to be in
+    time; "retry": another one failed.
+    """
 
     candidate: str
     predicted_quality: dict[str, float]
@@ -142,21 +151,29 @@ class Service:
     def ready(self) -> bool:
         return self.backend.workers > 0 and not self.draining
 
-    async def route(self, prompt: str, policy: Policy) -> tuple[Choice, dict[str, float]]:
-        """As a request would be routed now; ValueError for a policy that can't be followed."""
-        first, predicted = await self._routed(prompt, policy)
-        return self._adjusted(first, predicted), predicted
+    async def routed(self, prompt: str, policy: Policy) -> Routed:
+        """What the router makes of a prompt, whatever the moment; ValueError for a policy that can't be followed."""
+        async with self._routing:  # a router is not shared between threads
+            return await asyncio.to_thread(self.routes.choose, prompt, policy)
 
-    async def draw(self, request: ImageRequest, observer: Observer | None = None) -> Picture:
+    async def route(self, prompt: str, policy: Policy) -> ServedRoute:
+        """As a request would be routed now; errors as :meth:`routed`."""
+        first, predicted = await self.routed(prompt, policy)
+        return self._told(self._adjusted(first, predicted), predicted)
+
+    async def draw(
+        self, request: ImageRequest, observer: Observer | None = None, *, routed: Routed | None = None
+    ) -> Picture:
         """The picture. Cancelling the call takes it out of the queue, or frees its slot at the next step.
 
+        ``routed`` is what :meth:`routed` said of it, if it was asked before.
         Raises ValueError for what can't be asked for, QueueFull, DeadlineMissed, DrawingFailed or Draining.
         """
         if self.draining:
             raise Draining("the server is shutting down")
         observer = observer or Observer()
         began = time.perf_counter()
-        first, predicted = await self._routed(request.prompt, request.policy)
+        first, predicted = routed or await self.routed(request.prompt, request.policy)
         cost = self.routes.costs[self._adjusted(first, predicted, request.deadline).candidate.name]
         outcome, choice = "cancelled", first
         try:
@@ -186,10 +203,10 @@ class Service:
             self.metrics.ended(outcome, choice.candidate.name, seconds, spent, self.routes.dearest)
         draw_ms = (time.perf_counter() - began) * 1000 - queue_ms
         return Picture(
-            drawn.pixels, request.seed, replace(self.told(choice, predicted), queue_ms=queue_ms, draw_ms=draw_ms)
+            drawn.pixels, request.seed, replace(self._told(choice, predicted), queue_ms=queue_ms, draw_ms=draw_ms)
         )
 
-    def told(self, choice: Choice, predicted: dict[str, float]) -> ServedRoute:
+    def _told(self, choice: Choice, predicted: dict[str, float]) -> ServedRoute:
         """A choice as clients are told of it."""
         name = choice.candidate.name
         return ServedRoute(
@@ -200,10 +217,6 @@ class Service:
     def predicted_wait(self) -> float:
         """Seconds until an image that comes now would be begun."""
         return self.gauge.seconds(self.admission.outstanding_cost)
-
-    async def _routed(self, prompt: str, policy: Policy) -> tuple[Choice, dict[str, float]]:
-        async with self._routing:  # a router is not shared between threads
-            return await asyncio.to_thread(self.routes.choose, prompt, policy)
 
     def _adjusted(
         self,
@@ -244,7 +257,7 @@ class Service:
         failed: frozenset[str] = frozenset()
         while True:
             name = choice.candidate.name
-            observer.routed(self.told(choice, predicted))
+            observer.routed(self._told(choice, predicted))
             draw = Draw(
                 secrets.token_hex(8),
                 request.prompt,

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from catimage_accel.catalog import Catalog
+from catimage_accel.engines.loading import hide_progress_bars
 from catimage_accel.executor import Executor
 from catimage_accel.profiling import catalog_executor
-from catimage_accel.serve.draw_loop import DrawLoop, usable_candidates
+from catimage_accel.serve.draw_loop import DrawLoop, in_one_line, usable_candidates
 from catimage_accel.serve.messages import Broken, Cancel, Draw, FromWorker, Ready
 
 __all__ = ["MakeLoop", "WorkerSettings", "draw_messages", "run_worker"]
@@ -67,7 +68,7 @@ def draw_messages(
     ``send`` takes what there is to tell: Ready first, or Broken and nothing else.
     """
     try:
-        _quiet_loading()
+        hide_progress_bars()
         catalog = Catalog.load(settings.folder)
         if settings.candidates is not None:
             catalog = replace(catalog, candidates=tuple(catalog.candidate(name) for name in settings.candidates))
@@ -77,7 +78,7 @@ def draw_messages(
         )  # fmt: skip
         unusable = usable_candidates(catalog, executor)
     except Exception as error:
-        send(Broken(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        send(Broken(in_one_line(error)))
         return
     send(Ready(unusable))
     loop = make_loop(catalog, executor)
@@ -112,11 +113,3 @@ def _read(connection: Connection, inbox: SimpleQueue[Any]) -> None:
             # Nobody is left to draw for: end even in the midst of a long step.
             os._exit(0)
         inbox.put(message)
-
-
-def _quiet_loading() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
