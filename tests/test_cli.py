@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from catimage_accel.cli import app
+from catimage_accel.cli.console import interrupts_wait
 from catimage_accel.cli.files import slug
 from catimage_accel.engines.eager import EagerEngine
 from catimage_accel.engines.protocol import TextState
@@ -221,6 +222,25 @@ def test_ctrl_c_keeps_what_is_finished(tiny_catalog: Path, tmp_path: Path) -> No
     assert 0 < len(kept) < 2000
     assert sorted(row["file"] for row in kept) == sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert "dear-4" in stdout
+
+
+def test_ctrl_c_between_a_picture_and_its_row_waits_for_the_row() -> None:
+    written = []
+
+    def write() -> None:
+        with interrupts_wait():
+            written.append("picture")
+            signal.raise_signal(signal.SIGINT)
+            written.append("row")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert written == ["picture", "row"]
 
 
 def test_profile_fit_and_eval_make_a_bare_catalog_usable(tiny_catalog: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from catimage_accel.catalog import BUILT_IN, Catalog
-from catimage_accel.cli.console import loading, progress_bar, results, say
+from catimage_accel.cli.console import interrupts_wait, loading, progress_bar, results, say
 from catimage_accel.cli.files import OutFolder, read_prompts
 
 if TYPE_CHECKING:
@@ -141,8 +141,9 @@ class _Run:
                         reason = " ".join(f"{type(drawn.error).__name__}: {drawn.error}".split())
                         say(f"prompt {drawn.index + 1}, {drawn.route.prompt!r}, was not drawn: {reason}")
                         continue
-                    on_row(self.out.add(drawn.index, drawn.image, drawn.route))
-                    self.drawn[drawn.index] = (drawn.image, drawn.route)
+                    with interrupts_wait():
+                        on_row(self.out.add(drawn.index, drawn.image, drawn.route))
+                        self.drawn[drawn.index] = (drawn.image, drawn.route)
                     progress.update(bar, description=f"{len(self.drawn)} of {len(self.texts)} pictures")
             except (KeyboardInterrupt, OSError) as error:
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)

@@ -12,6 +12,8 @@ from catimage_accel.routing import LoadTradeoff
 __all__ = ["LoadGauge", "Pressure"]
 
 GUESS_SECONDS = 5.0
+CURVE = 3.0
+"""For the built-in catalog at 15 images a second this gave up 0.005 less of the predicted quality than 1 did."""
 
 
 class LoadGauge:
@@ -80,9 +82,9 @@ class Pressure:
         if not target > 0:
             raise ValueError(f"latency target is {target}; accepted: seconds above 0")
         room = max(target - dear_seconds, 0.25 * target)
-        return cls(low=0.2 * room, high=0.7 * room)
+        return cls(low=0.15 * room, high=0.9 * room)
 
     def tradeoff(self, asked: float, cheapest: float, wait: float) -> float:
         """The tradeoff for a request that asks for ``asked``: up to ``cheapest``, at which all is drawn by the cheapest
         candidate, and never less than ``asked``."""
-        return LoadTradeoff(asked, max(asked, cheapest), high=self.high, low=self.low).tradeoff(wait)
+        return LoadTradeoff(asked, max(asked, cheapest), self.high, self.low, CURVE).tradeoff(wait)

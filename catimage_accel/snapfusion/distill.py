@@ -29,9 +29,10 @@ def finetune(path: Path, work: Path, device: torch.device, steps: int | None = N
     loss = DenoisingLoss(
         run.source(recipe.data), run.text, run.schedule, recipe.training.batch_size, recipe.caption_dropout,
         denoiser_of(run.frozen(recipe.teacher), run.dtype) if taught else None, recipe.teacher_weight,
+        recipe.student_steps,
     )  # fmt: skip
     starts = {"student": recipe.student} | ({"teacher": recipe.teacher} if taught else {})
-    return _train(run, recipe, student, loss, starts, PREVIEW_STEPS, steps)
+    return _train(run, recipe, student, loss, starts, recipe.student_steps or PREVIEW_STEPS, steps)
 
 
 def distill_steps(path: Path, work: Path, device: torch.device, steps: int | None = None) -> Path:
@@ -67,12 +68,17 @@ def _train(
             run.folder / "validation",
         )  # fmt: skip
     config = recipe.training.config(0 if wanted is None else wanted.every, steps)
-    told: dict[str, Any] = recipe.model_dump(exclude={"training", "validation"})
+    told: dict[str, Any] = recipe.model_dump(exclude={"training", "validation", "start_weight"})
     told |= {"source": loss.source.name} | {f"{role} weights": run.digest(name) for role, name in starts.items()}
     trainer = Trainer(student, config, run.folder, run.device, run.path.stem, recipe=told, validate=validate)
     denoiser = denoiser_of(trainer.forward, run.dtype)
     trainer.run(lambda _, generator: loss(denoiser, generator))
-    student.float().load_state_dict(trainer.ema_state())
+    result = trainer.ema_state()
+    if recipe.start_weight > 0:
+        start = run.unet(recipe.student).state_dict()
+        result = {name: value.lerp(start[name], recipe.start_weight) for name, value in result.items()}
+    student.float().load_state_dict(result)
     if trainer.accelerator.is_main_process:
-        run.write(student, told | run_record(run.folder, config, run.device))
+        facts = {"start_weight": recipe.start_weight} | run_record(run.folder, config, run.device)
+        run.write(student, told | facts)
     return run.folder / RESULT

@@ -30,7 +30,8 @@ def denoiser_of(unet: torch.nn.Module, dtype: torch.dtype) -> Denoiser:
 class DenoisingLoss:
     """The mean squared error of v on noised training latents, and optionally of what a teacher says of them.
 
-    Timesteps are stratified over a batch. With ``teacher_weight`` w the target is
+    Timesteps are stratified over a batch; with ``student_steps`` only those are taken that DDIM visits in so many
+    steps, for a student that is never asked about others. With ``teacher_weight`` w the target is
     ``(1 - w) * v + w * the teacher's v``: the mean squared error to it has the gradient of the two errors mixed so.
     """
 
@@ -41,13 +42,19 @@ class DenoisingLoss:
     caption_dropout: float = 0.1
     teacher: Denoiser | None = None
     teacher_weight: float = 0.0
+    student_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        every = torch.arange(self.schedule.timesteps)
+        self._timesteps = every if self.student_steps is None else self.schedule.grid(self.student_steps)[:-1].cpu()
 
     def __call__(self, student: Denoiser, generator: torch.Generator) -> Tensor:
         device = self.schedule.alpha.device
         clean, captions = self.source.batch(self.batch_size, generator)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         clean = clean.to(device)
-        timestep = stratified_timesteps(self.batch_size, self.schedule.timesteps, generator).to(device)
+        place = stratified_timesteps(self.batch_size, len(self._timesteps), generator)
+        timestep = self._timesteps[place].to(device)
         alpha, sigma = self.schedule.rates(timestep)
         text = self.text.encode(with_dropout(captions, self.caption_dropout, generator))
         noisy, target = alpha * clean + sigma * noise, alpha * noise - sigma * clean

@@ -58,6 +58,7 @@ class Validation(Strict):
 class _Recipe(Strict):
     """``model`` is a diffusers folder, relative to the recipe's, or "emoji"; ``data`` a folder of pictures, or "emoji".
 
+    "emoji:200000" is so many scenes of the built-in zoo, instead of those that its teacher was trained on.
     A UNet is a subfolder of ``model``, or "run:NAME" for the result of an earlier run in the same work folder.
     """
 
@@ -67,19 +68,30 @@ class _Recipe(Strict):
     validation: Validation | None = None
 
 
-class FinetuneRecipe(_Recipe):
-    """v-prediction on training pictures; with ``teacher_weight`` in part on what a teacher predicts."""
+class _StudentRecipe(_Recipe):
+    """``start_weight`` is the share of the weights that the student began with in the result, the rest being the
+    trained ones' average: what lies between the two often does better than both (WiSE-FT, arXiv 2109.01903).
+    It may be changed after the run, which then writes its result anew.
+    """
 
     student: Text = "unet"
+    start_weight: Share = 0.0
+
+
+class FinetuneRecipe(_StudentRecipe):
+    """v-prediction on training pictures; with ``teacher_weight`` in part on what a teacher predicts; with
+    ``student_steps`` on the timesteps of so many DDIM steps alone.
+    """
+
     teacher: Text = "unet"
     teacher_weight: Share = 0.0
+    student_steps: Annotated[int, Field(ge=1, le=500)] | None = None
     caption_dropout: Share = 0.1
 
 
-class StepsRecipe(_Recipe):
+class StepsRecipe(_StudentRecipe):
     """Step distillation; see ``losses.StepLoss``."""
 
-    student: Text = "unet"
     teacher: Text = "unet"
     teacher_steps: Annotated[int, Field(ge=2, le=1000)]
     student_steps: Annotated[int, Field(ge=1, le=500)]

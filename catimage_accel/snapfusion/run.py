@@ -72,11 +72,14 @@ class Run:
 
     def source(self, data: str) -> Captioned:
         """The training pairs; latents are kept in ``work``."""
-        if data == BUILT_IN:
-            from catimage_accel.zoo.training.captioned import CaptionedScenes
+        name, _, number = data.partition(":")
+        if name == BUILT_IN:
+            from catimage_accel.zoo.training.captioned import SCENES, CaptionedScenes
             from catimage_accel.zoo.training.denoiser import teacher_weight
 
-            return CaptionedScenes(self.work, self.vae, teacher_weight)
+            if number and not (number.isdecimal() and int(number)):
+                raise ValueError(f"{self.path}: data is {data!r}; accepted: {BUILT_IN!r}, or {BUILT_IN}:200000 scenes")
+            return CaptionedScenes(self.work, self.vae, teacher_weight, int(number or SCENES))
         height, _ = latent_size(read_config(self.model / "unet" / "config.json"))
         pixels = height * pixels_per_latent(self.vae.config)
         return PictureFolder(self.path.parent / data, self.model, pixels, self.work, self.device)

@@ -82,8 +82,8 @@ def test_budget_is_kept_and_spent_on_the_worst(measured: list[tuple[float, int]]
     counts = {f"layer{i}": count for i, (_, count) in enumerate(measured)}
     total = sum(counts.values()) + others
     whole = Quantization("int8", "int8", dict.fromkeys(errors, layer), {"conv_in": "told"}, "a" * 64)
-    least = sum(counts[name] for name in errors if errors[name] >= 1e-3 * sum(errors.values()))
-    if budget > 0 and least <= budget * total and min(errors.values()) >= 1e-3 * sum(errors.values()):
+    small = {name for name, error in errors.items() if error == 0 or error < 1e-3 * sum(errors.values())}
+    if budget > 0 and not small and sum(counts.values()) <= budget * total:
         with pytest.raises(ValueError, match="leaves no layer"):
             keep_sensitive(whole, errors, counts, total, budget)
         return
@@ -97,8 +97,15 @@ def test_budget_is_kept_and_spent_on_the_worst(measured: list[tuple[float, int]]
     worth = {name: errors[name] / max(1, counts[name]) for name in errors}
     for name in found.layers if budget > 0 else ():
         worse = sum(counts[other] for other in kept if worth[other] >= worth[name])
-        small = errors[name] < 1e-3 * sum(errors.values())
-        assert small or worse + counts[name] > budget * total
+        assert name in small or worse + counts[name] > budget * total
+    assert not kept & small
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.5, 1.0])
+def test_layers_that_change_nothing_are_all_quantized_whatever_may_be_kept(budget: float) -> None:
+    whole = Quantization("int8", "int8", {"conv_in": layer, "conv_out": layer}, {}, "a" * 64)
+    counts = {"conv_in": 1, "conv_out": 0}
+    assert keep_sensitive(whole, dict.fromkeys(counts, 0.0), counts, 10, budget).layers == whole.layers
 
 
 def test_a_unet_that_gives_nothing_is_refused(unet: Any, calibrated: Callable[..., Quantization]) -> None:

@@ -18,16 +18,21 @@ RATINGS = read_csv(Path(__file__).parent / "data" / "genai_bench_200.csv").compl
 LOADS = st.lists(st.floats(0, 1e6), min_size=2)
 
 
-@given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 100), st.floats(0.001, 100), LOADS)
+@given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 100), st.floats(0.001, 100), st.floats(0.1, 10), LOADS)
 def test_it_rises_with_the_load_between_its_bounds(
-    quiet: float, more: float, low: float, width: float, loads: list[float]
+    quiet: float, more: float, low: float, width: float, curve: float, loads: list[float]
 ) -> None:
-    rule = LoadTradeoff(quiet, quiet + more, high=low + width, low=low)
+    rule = LoadTradeoff(quiet, quiet + more, high=low + width, low=low, curve=curve)
     found = [rule.tradeoff(load) for load in sorted(loads)]
     assert all(quiet - 1e-12 <= each <= quiet + more + 1e-12 for each in found)
     assert (np.diff(found) >= -1e-12).all()
     assert rule.tradeoff(0) == quiet
     assert rule.tradeoff(math.inf) == quiet + more
+
+
+def test_a_curve_rises_late() -> None:
+    assert LoadTradeoff(0.0, 8.0, high=3.0, low=1.0, curve=3.0).tradeoff(2.0) == pytest.approx(1.0)
+    assert LoadTradeoff(0.0, 8.0, high=3.0, low=1.0).tradeoff(2.0) == pytest.approx(4.0)
 
 
 def latencies(arrivals: np.ndarray, seconds: np.ndarray, quality: np.ndarray, rule: LoadTradeoff) -> np.ndarray:
@@ -70,6 +75,7 @@ def test_a_queue_keeps_its_latency_target_where_a_fixed_tradeoff_does_not(seed: 
         pytest.param({"busy": math.inf}, "busy inf", id="unbounded"),
         pytest.param({"high": 0}, "low is 0.0 and high 0", id="no room to rise in"),
         pytest.param({"high": math.nan}, "high nan", id="NaN load"),
+        pytest.param({"curve": 0}, "curve is 0", id="flat curve"),
     ],
 )
 def test_refuses(change: dict, said: str) -> None:

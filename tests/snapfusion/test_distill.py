@@ -50,6 +50,18 @@ def test_fine_tuning_then_two_steps_for_four(recipe: Recipe, tmp_path: Path) -> 
     assert pipe("a dog", num_inference_steps=2).images[0].size == (64, 64)
 
 
+def test_start_weight_moves_the_result_towards_its_start_without_training_again(recipe: Recipe, tmp_path: Path) -> None:
+    start = {name: value.float() for name, value in weights(tmp_path / "model" / "unet").items()}
+    trained = weights(finetune(recipe("tuned"), tmp_path / "work", CPU))
+    log = (tmp_path / "work" / "tuned" / "loss.jsonl").read_text()
+    mixed = weights(finetune(recipe("tuned", start_weight=0.25), tmp_path / "work", CPU))
+    assert (tmp_path / "work" / "tuned" / "loss.jsonl").read_text() == log
+    assert json.loads((tmp_path / "work" / "tuned" / "run.json").read_text())["start_weight"] == 0.25
+    for name, value in mixed.items():
+        expected = 0.75 * trained[name].float() + 0.25 * start[name]
+        torch.testing.assert_close(value.float(), expected, rtol=2e-3, atol=1e-5)  # both are kept in float16
+
+
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,9 +116,13 @@ def other_text(model: Path) -> None:
         (other_text, {}, r"'unet' takes text of 48 features; .*text_encoder gives 32"),
         (None, {"student": "run:nothing"}, r"'run:nothing' is no UNet: .*or run:NAME of a run"),
         (None, {"model": "nowhere"}, r"model is 'nowhere', but .* is no diffusers folder"),
+        (None, {"data": "emoji:many"}, r"data is 'emoji:many'; accepted: 'emoji', or emoji:200000"),
         (None, {"teacher_steps": 3}, r"teacher_steps is 3; accepted: a multiple of student_steps \(2\)"),
     ],
-    ids=["it predicts noise", "other latents", "other text", "no such run", "no model", "steps that do not divide"],
+    ids=[
+        "it predicts noise", "other latents", "other text", "no such run", "no model", "no number of scenes",
+        "steps that do not divide",
+    ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_trained(
     recipe: Recipe, tmp_path: Path, spoil: Callable[[Path], None] | None, fields: dict, told: str

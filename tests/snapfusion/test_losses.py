@@ -192,6 +192,19 @@ def test_the_denoising_loss_is_the_error_of_v(text: FrozenText, schedule: Veloci
     torch.testing.assert_close(taught(bent, seeded()), F.mse_loss(said, 0.75 * truth + 0.25 * (said + 1)))
 
 
+def test_a_student_of_few_steps_is_asked_about_their_timesteps_alone(
+    text: FrozenText, schedule: VelocitySchedule
+) -> None:
+    asked = []
+
+    def listening(sample: Tensor, timestep: Tensor, hidden: Tensor) -> Tensor:
+        asked.extend(timestep.tolist())
+        return bent(sample, timestep, hidden)
+
+    DenoisingLoss(Noise(), text, schedule, batch_size=16, student_steps=8)(listening, seeded())
+    assert sorted(asked) == sorted(schedule.grid(8)[:-1].tolist() * 2), "each equally often"
+
+
 def test_captions_are_dropped_at_the_share_asked_for() -> None:
     kept = with_dropout(["dog"] * 4000, 0.1, seeded())
     assert 300 < kept.count("") < 500
