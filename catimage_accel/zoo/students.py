@@ -13,30 +13,38 @@ from catimage_accel.storage import read_json, write_atomic
 from catimage_accel.training.record import RECORD_FILE
 
 MODEL = "model"
+CONFIG_FILE = "config.json"
 TRAINING_FILE = "training.json"
-RUNS = ("teacher-v", "efficient", "efficient-v", "decoder")
-PARTS = {"efficient-v/unet": "unet_efficient", "decoder/vae": "vae_small"}
+RUNS = ("teacher-v", "efficient", "efficient-v", "decoder", "student-v")
+PARTS = {"efficient-v/unet": "unet_efficient", "decoder/vae": "vae_small", "student-v/unet": "unet_student"}
 """What a run made -> its subfolder of the catalog's model."""
 CANDIDATES = (
     Candidate("efficient-ddim-8", MODEL, 8, "ddim", 4.0, "unet_efficient", vae="vae_small"),
     Candidate("teacher-ddim-8", MODEL, 8, "ddim", 4.0, vae="vae_small"),
+    Candidate("student-ddim-8", MODEL, 8, "ddim", 4.0, "unet_student"),
 )
 
 
 def pack_students(catalog: Catalog, work: Path) -> Catalog:
     """Copy the finished runs in ``work`` into ``catalog``'s model and add the candidates; returns the new catalog.
 
-    Scores and router stay as they were: `catimage profile` and `router fit` make those of the new candidates.
+    What ``work`` lacks and the catalog has from before stays as it is. Scores and router stay as they were:
+    `catimage profile` and `router fit` make those of the new candidates.
     FileNotFoundError names a run that is not finished.
     """
-    needed = [*(work / part / "config.json" for part in PARTS), *(work / run / RECORD_FILE for run in RUNS)]
-    for path in needed:
+    model = catalog.folder / MODEL
+    records = read_json(catalog.folder / TRAINING_FILE)
+    parts = {part: name for part, name in PARTS.items() if (work / part).exists() or not (model / name).exists()}
+    runs = [run for run in RUNS if (work / run).exists() or run not in records]
+    for path in [*(work / part / CONFIG_FILE for part in parts), *(work / run / RECORD_FILE for run in runs)]:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; finish that run with `catimage distill`")
-    for part, name in PARTS.items():
-        shutil.copytree(work / part, catalog.folder / MODEL / name, dirs_exist_ok=True)
-    records = read_json(catalog.folder / TRAINING_FILE)
-    records |= {run: read_json(work / run / RECORD_FILE) for run in RUNS}
+    for part, name in parts.items():
+        shutil.copytree(work / part, model / name, dirs_exist_ok=True)
+        config = read_json(model / name / CONFIG_FILE)
+        config.pop("_name_or_path", None)  # diffusers keeps where the run loaded its start from: a path of that machine
+        write_atomic(model / name / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    records |= {run: read_json(work / run / RECORD_FILE) for run in runs}
     write_atomic(catalog.folder / TRAINING_FILE, (json.dumps(records, indent=2) + "\n").encode())
     new = {one.name for one in CANDIDATES}
     kept = tuple(one for one in catalog.candidates if one.name not in new)

@@ -33,14 +33,30 @@ def work(tiny_sd_folder: Path, tmp_path: Path) -> Path:
 def test_weights_records_and_candidates_are_there_afterwards(catalog: Catalog, work: Path) -> None:
     pack_students(catalog, work)
     packed = Catalog.load(catalog.folder, verify=False)
-    assert [one.name for one in packed.candidates][:-2] == [one.name for one in catalog.candidates]
-    assert packed.candidates[-2:] == CANDIDATES
+    before = len(catalog.candidates)
+    assert [one.name for one in packed.candidates][:before] == [one.name for one in catalog.candidates]
+    assert packed.candidates[before:] == CANDIDATES
     for one in CANDIDATES:
         for part in (one.unet, one.vae):
             assert (packed.folder / "model" / part / "diffusion_pytorch_model.safetensors").is_file()
     records = json.loads((packed.folder / "training.json").read_text())
     assert set(records) == {"teacher", *RUNS}
     assert pack_students(packed, work).candidates == packed.candidates  # once more changes nothing
+
+
+def test_one_run_made_anew_replaces_its_own_part_alone(catalog: Catalog, work: Path) -> None:
+    pack_students(catalog, work)
+    packed = Catalog.load(catalog.folder, verify=False)
+    for run in RUNS[:-1]:
+        shutil.rmtree(work / run)
+    config, unet = work / RUNS[-1] / "unet" / "config.json", packed.folder / "model" / "unet_student" / "config.json"
+    said = json.loads(config.read_text()) | {"sample_size": 24}
+    config.write_text(json.dumps(said | {"_name_or_path": "somewhere"}))
+    (work / RUNS[-1] / "run.json").write_text('{"seconds": 1000}')
+    pack_students(packed, work)
+    assert json.loads(unet.read_text()) == {key: value for key, value in said.items() if key != "_name_or_path"}
+    records = json.loads((packed.folder / "training.json").read_text())
+    assert {run: records[run]["seconds"] for run in RUNS} == {run: len(run) for run in RUNS[:-1]} | {RUNS[-1]: 1000}
 
 
 @pytest.mark.parametrize("missing", ["teacher-v/run.json", "decoder/vae/config.json"])
