@@ -18,7 +18,7 @@ from catimage_accel.snapfusion.recipes import (
 )
 
 SHIPPED = sorted(shipped().glob("*.toml"))
-KINDS = {"student_steps": StepsRecipe, "search": ArchitectureRecipe, "number": DecoderRecipe}
+KINDS = {"teacher_steps": StepsRecipe, "search": ArchitectureRecipe, "number": DecoderRecipe}
 
 
 def test_there_are_shipped_recipes() -> None:
