@@ -23,7 +23,8 @@ of all training; every figure below is on held-out meanings.
 (`unet`), AutoencoderKL, and a smaller UNet with the same text encoder (`unet_small`), trained on its own and for
 three quarters of the time on one or two objects, since easy prompts are what it is for. Made of the teacher by
 SnapFusion's methods are `unet_efficient`, without 12 of the teacher's blocks, `unet_student`, trained on for 8 steps,
-and `vae_small`, whose decoder has half of the channels. `judge/` is a CLIP trained separately on rendered scenes; no picture is conditioned on it.
+and `vae_small`, whose decoder has half of the channels. `judge/` is a CLIP trained separately on rendered scenes; no
+picture is conditioned on it.
 """
 
 _COMMANDS = """\
