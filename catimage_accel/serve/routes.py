@@ -14,6 +14,9 @@ from catimage_accel.routing import choose, tradeoff_for_budget
 
 __all__ = ["Choice", "Reason", "Routes"]
 
+MAX_PRESSURE_COST = 1.1
+"""What a prompt costs on average at the greatest tradeoff that load makes, by the cheapest candidate's cost."""
+
 Reason = Literal["tradeoff", "budget", "min_quality", "candidate", "load", "deadline", "retry"]
 
 
@@ -117,7 +120,10 @@ class Routes:
         return names[int(choose(quality, costs, scaled)[0])]
 
     def _find_max_tradeoff(self) -> float:
-        """The tradeoff at which, of the profiled prompts, 95 in 100 go to the cheapest candidate or cost no more."""
+        """The tradeoff at which the profiled prompts cost a tenth more than the cheapest candidate.
+
+        Not that of the cheapest alone: where one is a little cheaper and much worse, it would be many times as great.
+        """
         if not self.routed or len(self.costs) < 2:
             return 0.0
         try:
@@ -126,6 +132,4 @@ class Routes:
             return 1.0
         quality = self._chooser.router().predict(prompts)
         costs = np.array(list(self.costs.values()))
-        cheapest = float(costs.min())
-        allowance = 0.05 * (float(np.sort(costs)[1]) - cheapest)
-        return tradeoff_for_budget(quality, costs, cheapest + allowance)
+        return tradeoff_for_budget(quality, costs, MAX_PRESSURE_COST * float(costs.min()))

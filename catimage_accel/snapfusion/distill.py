@@ -70,14 +70,13 @@ def _train(
     config = recipe.training.config(0 if wanted is None else wanted.every, steps)
     told: dict[str, Any] = recipe.model_dump(exclude={"training", "validation", "start_weight"})
     told |= {"source": loss.source.name} | {f"{role} weights": run.digest(name) for role, name in starts.items()}
-    trainer = Trainer(student, config, run.folder, run.device, run.path.stem, recipe=told, validate=validate)
+    trainer = Trainer(
+        student, config, run.folder, run.device, run.path.stem, recipe=told, validate=validate,
+        start_weight=recipe.start_weight,
+    )  # fmt: skip
     denoiser = denoiser_of(trainer.forward, run.dtype)
     trainer.run(lambda _, generator: loss(denoiser, generator))
-    result = trainer.ema_state()
-    if recipe.start_weight > 0:
-        start = run.unet(recipe.student).state_dict()
-        result = {name: value.lerp(start[name], recipe.start_weight) for name, value in result.items()}
-    student.float().load_state_dict(result)
+    student.float().load_state_dict(trainer.ema_state())
     if trainer.accelerator.is_main_process:
         facts = {"start_weight": recipe.start_weight} | run_record(run.folder, config, run.device)
         run.write(student, told | facts)

@@ -23,6 +23,7 @@ from torch import nn
 
 from catimage_accel.training.checkpoint import read_checkpoint, write_checkpoint
 from catimage_accel.training.config import PRECISIONS, TrainConfig
+from catimage_accel.training.record import write_machine
 
 LossFn = Callable[[int, torch.Generator], torch.Tensor]
 Validate = Callable[[int], Mapping[str, float]]
@@ -44,7 +45,9 @@ class Trainer:
     ``recipe`` says what else the run depends on. A checkpoint in ``folder`` is gone on from if it was written with the
     same recipe and settings (but for ``config.MAY_CHANGE``), else ValueError names the first difference.
     ``validate(step)`` is called with the averaged weights in the model every ``validate_every`` steps, on the main
-    process; what it returns is logged. ``some_unused`` says that a batch may leave parameters without a gradient.
+    process; what it returns is logged. ``start_weight`` is the share that the weights trained from have in the averaged
+    ones, wherever those are asked for; training does not depend on it. ``some_unused`` says that a batch may leave
+    parameters without a gradient.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Trainer:
         *,
         recipe: Mapping[str, Any] | None = None,
         validate: Validate | None = None,
+        start_weight: float = 0.0,
         some_unused: bool = False,
     ):
         self.config, self.folder, self.title, self.validate = config, folder, title, validate
@@ -74,6 +78,8 @@ class Trainer:
             (p.detach().flatten(1) if p.ndim > 2 else p.detach()).to(device, torch.float32, copy=True) for _, p in named
         ]
         self.ema = [p.clone() for p in self.master]
+        self.start_weight = start_weight
+        self.start = [p.clone() for p in self.master] if start_weight > 0 else []
         self.model = model.to(device, PRECISIONS[config.precision])
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = self._optimizers()
@@ -101,6 +107,8 @@ class Trainer:
             TimeRemainingColumn(), TextColumn("loss {task.fields[loss]}"),
         )  # fmt: skip
         main = self.accelerator.is_main_process
+        if main and self.step < self.config.steps:
+            write_machine(self.folder, self.accelerator.device)
         with Progress(*columns, disable=not main) as progress, (self.folder / "loss.jsonl").open("a") as log:
             bar = progress.add_task(self.title, total=self.config.steps, completed=self.step, loss="-")
             since, began, recent = self.seconds, time.monotonic(), []
@@ -146,8 +154,8 @@ class Trainer:
         """The model with the averaged weights in it, in evaluation mode; as it was afterwards."""
         training = self.model.training
         with torch.no_grad():
-            for p, ema in zip(self.parameters, self.ema, strict=True):
-                p.copy_(ema.view_as(p))
+            for p, averaged in zip(self.parameters, self._averages(), strict=True):
+                p.copy_(averaged.view_as(p))
         try:
             yield self.model.eval()
         finally:
@@ -156,8 +164,13 @@ class Trainer:
 
     def ema_state(self) -> dict[str, torch.Tensor]:
         """The averaged weights by parameter name, float32 on the CPU."""
-        averaged = zip(self.names, self.ema, self.parameters, strict=True)
+        averaged = zip(self.names, self._averages(), self.parameters, strict=True)
         return {name: value.view_as(p).cpu() for name, value, p in averaged}
+
+    def _averages(self) -> Iterator[torch.Tensor]:
+        if self.start_weight > 0:
+            return (ema.lerp(start, self.start_weight) for ema, start in zip(self.ema, self.start, strict=True))
+        return iter(self.ema)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}

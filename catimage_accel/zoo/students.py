@@ -41,9 +41,6 @@ def pack_students(catalog: Catalog, work: Path) -> Catalog:
             raise FileNotFoundError(f"{path} is missing; finish that run with `catimage distill`")
     for part, name in parts.items():
         shutil.copytree(work / part, model / name, dirs_exist_ok=True)
-        config = read_json(model / name / CONFIG_FILE)
-        config.pop("_name_or_path", None)  # diffusers keeps where the run loaded its start from: a path of that machine
-        write_atomic(model / name / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
     records |= {run: read_json(work / run / RECORD_FILE) for run in runs}
     write_atomic(catalog.folder / TRAINING_FILE, (json.dumps(records, indent=2) + "\n").encode())
     new = {one.name for one in CANDIDATES}

@@ -43,6 +43,7 @@ def test_fine_tuning_then_two_steps_for_four(recipe: Recipe, tmp_path: Path) -> 
     record = json.loads((work / "fewer" / "run.json").read_text())
     assert (record["teacher_steps"], record["student"], record["config"]["steps"]) == (4, "run:tuned", 3)
     assert [step for step, _ in record["clip_scores"]] == [2, 3]
+    assert "_name_or_path" not in json.loads((second / "config.json").read_text())  # no path of the machine it ran on
     assert Image.open(work / "fewer" / "validation" / "step-000003.png").size == (3 * 64, 64)
     unet = UNet2DConditionModel.from_pretrained(second)
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", unet=unet, safety_checker=None)
@@ -54,9 +55,13 @@ def test_start_weight_moves_the_result_towards_its_start_without_training_again(
     start = {name: value.float() for name, value in weights(tmp_path / "model" / "unet").items()}
     trained = weights(finetune(recipe("tuned"), tmp_path / "work", CPU))
     log = (tmp_path / "work" / "tuned" / "loss.jsonl").read_text()
+    machine = tmp_path / "work" / "tuned" / "machine.json"
+    machine.write_text(machine.read_text().replace('"device": "', '"device": "another '))
     mixed = weights(finetune(recipe("tuned", start_weight=0.25), tmp_path / "work", CPU))
     assert (tmp_path / "work" / "tuned" / "loss.jsonl").read_text() == log
-    assert json.loads((tmp_path / "work" / "tuned" / "run.json").read_text())["start_weight"] == 0.25
+    record = json.loads((tmp_path / "work" / "tuned" / "run.json").read_text())
+    assert record["start_weight"] == 0.25
+    assert record["device"].startswith("another CPU, ")  # the machine that trained, not the one that mixed
     for name, value in mixed.items():
         expected = 0.75 * trained[name].float() + 0.25 * start[name]
         torch.testing.assert_close(value.float(), expected, rtol=2e-3, atol=1e-5)  # both are kept in float16

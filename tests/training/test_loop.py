@@ -101,6 +101,28 @@ def test_validation_sees_the_averaged_weights_and_leaves_the_trained_ones(tmp_pa
     assert {row["step"] for row in rows if "loss" in row} == {4, 8, 12}
 
 
+def test_validation_sees_the_start_weights_share_too(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def train(folder: str, start_weight: float) -> tuple[Tensor, Tensor]:
+        model = nn.Linear(3, 2, bias=False)
+        nn.init.ones_(model.weight)
+        trainer = Trainer(
+            model, dataclasses.replace(CONFIG, validate_every=12), tmp_path / folder, CPU, "regression",
+            validate=lambda _: seen.append(model.weight.detach().clone()) or {}, start_weight=start_weight,
+        )  # fmt: skip
+        trainer.run(lambda _, generator: model(torch.randn(4, 3, generator=generator)).square().mean())
+        return trainer.ema_state()["weight"], trainer.master[0]
+
+    plain, trained = train("plain", 0.0)
+    mixed, as_trained = train("mixed", 0.25)
+    torch.testing.assert_close(mixed, 0.75 * plain + 0.25)
+    torch.testing.assert_close(seen[-1], mixed)
+    assert torch.equal(as_trained, trained)
+    resumed, _ = train("mixed", 0.5)  # the finished run, with another share
+    torch.testing.assert_close(resumed, 0.5 * plain + 0.5)
+
+
 def test_a_model_without_trainable_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         Trainer(nn.Linear(1, 1).requires_grad_(False), CONFIG, tmp_path, CPU, "frozen")
