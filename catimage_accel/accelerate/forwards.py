@@ -1,4 +1,4 @@
-"""Another ``forward`` for a whole model (compiled, or replayed from CUDA graphs), and back."""
+"""Another ``forward`` for a whole model (compiled, replayed from CUDA graphs, with a deep cache), and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import nn
 
 from catimage_accel.accelerate.compiled import DEFAULT, WITHOUT_GRAPHS, CompiledForward, modes
 from catimage_accel.accelerate.cuda_graphs import GraphedForward
-from catimage_accel.accelerate.modules import DECODER, denoisers_and_decoder, is_compiled, unwrapped
+from catimage_accel.accelerate.deep_cache import DeepCachedForward, check_deep_blocks, interval_of, swap_deep_blocks
+from catimage_accel.accelerate.modules import DECODER, UNET, denoisers_and_decoder, is_compiled, unwrapped
 
 
 class ForwardSlot:
@@ -52,16 +53,26 @@ def compile_mode(compile: Any, cuda_graphs: Any) -> str | None:
     return next(graphed for graphed, plain in WITHOUT_GRAPHS.items() if plain == DEFAULT)
 
 
-def check_forwards(pipe: Any, mode: str | None, cuda_graphs: bool) -> None:
+def check_forwards(pipe: Any, tier: str, mode: str | None, cuda_graphs: bool) -> None:
     """Raises ValueError where ``swap_forwards`` could not do what it is asked."""
-    if mode is None and not cuda_graphs:
+    cached = interval_of(tier) > 1
+    if cached and (cuda_graphs or mode in WITHOUT_GRAPHS):
+        raise ValueError(
+            f"tier is {tier!r}, which keeps features from call to call, where CUDA graphs write over them; accepted "
+            "with graphs: tier='lossless'; with this tier: cuda_graphs=False and a mode of torch.compile without graphs"
+        )
+    if cached:
+        check_deep_blocks(unwrapped(pipe.unet), tier)
+    if mode is None and not cuda_graphs and not cached:
         return
-    option = "cuda_graphs" if mode is None else "compile"
+    option = "compile" if mode is not None else "cuda_graphs" if cuda_graphs else f"tier {tier!r}"
     for path, model in denoisers_and_decoder(pipe):
+        if mode is None and not cuda_graphs and path != UNET:
+            continue
         if is_compiled(model):
             raise ValueError(
                 f"{option} is asked for, but {path} was given to torch.compile already; accepted: models that were "
-                "not, or compile=False, cuda_graphs=False"
+                "not, or compile=False, cuda_graphs=False, tier='lossless'"
             )
         if "forward" in vars(model) and _slot(model) is None:
             raise ValueError(
@@ -76,8 +87,8 @@ def check_forwards(pipe: Any, mode: str | None, cuda_graphs: bool) -> None:
             )
 
 
-def swap_forwards(pipe: Any, mode: str | None, cuda_graphs: bool) -> None:
-    """Compiles, or graphs, or neither; what an earlier call did is undone.
+def swap_forwards(pipe: Any, tier: str, mode: str | None, cuda_graphs: bool) -> None:
+    """Compiles, or graphs, or neither, and keeps what the tier says; what an earlier call did is undone.
 
     The decoder runs once a picture, with kernels that take longer than their launches: it is compiled, but a graph
     would only hold its memory.
@@ -92,6 +103,9 @@ def swap_forwards(pipe: Any, mode: str | None, cuda_graphs: bool) -> None:
             slot.run = GraphedForward(model, slot.plain)
         else:
             _close_slot(unwrapped(model))
+        if path == UNET and (interval := interval_of(tier)) > 1:
+            slot = _open_slot(model)
+            slot.run = DeepCachedForward(slot.run, swap_deep_blocks(model), interval)
 
 
 def restore_forwards(pipe: Any) -> None:
@@ -104,8 +118,15 @@ def swapped_forwards(pipe: Any) -> Iterator[tuple[str, CompiledForward | Graphed
     """By the model's path."""
     for path, model in denoisers_and_decoder(pipe):
         slot = _slot(unwrapped(model))
-        if slot is not None and isinstance(slot.run, CompiledForward | GraphedForward):
-            yield path, slot.run
+        run = None if slot is None else slot.run.inner if isinstance(slot.run, DeepCachedForward) else slot.run
+        if isinstance(run, CompiledForward | GraphedForward):
+            yield path, run
+
+
+def deep_cache_interval(pipe: Any) -> int:
+    """How many steps the UNet's deep features serve."""
+    slot = _slot(unwrapped(pipe.unet))
+    return slot.run.interval if slot is not None and isinstance(slot.run, DeepCachedForward) else 1
 
 
 def _slot(model: nn.Module) -> ForwardSlot | None:

@@ -42,6 +42,7 @@ def text_encoders(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
             yield name, model
 
 
+UNET = "unet"
 DECODER = "vae.decoder"
 
 

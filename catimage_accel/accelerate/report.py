@@ -15,7 +15,7 @@ from torch import nn
 from catimage_accel.accelerate import resnet, transformer
 from catimage_accel.accelerate.attention import FusedAttention, FusedAttnProcessor, head_dim
 from catimage_accel.accelerate.compiled import CompiledForward
-from catimage_accel.accelerate.forwards import swapped_forwards
+from catimage_accel.accelerate.forwards import deep_cache_interval, swapped_forwards
 from catimage_accel.accelerate.modules import components, text_encoders
 from catimage_accel.accelerate.norms import FusedGroupNorm, FusedLayerNorm, takes_sums
 from catimage_accel.accelerate.resnet import FusedResnetBlock2D
@@ -37,6 +37,7 @@ class AccelerationReport:
     geglu: tuple[str, ...]
     compiled: dict[str, str]  # path of a whole model -> mode of torch.compile
     cuda_graphs: tuple[str, ...]  # whole models that CUDA graphs replay on a CUDA device
+    deep_cache_interval: int  # steps that the UNet's deep features serve; 1 where each step makes its own
     left_alone: dict[str, str]  # module path -> why
 
 
@@ -56,6 +57,7 @@ def acceleration_report(pipe: Any) -> AccelerationReport:
     return AccelerationReport(
         compiled={path: forward.mode for path, forward in forwards.items() if isinstance(forward, CompiledForward)},
         cuda_graphs=tuple(path for path, forward in forwards.items() if forward.captures_graphs),
+        deep_cache_interval=deep_cache_interval(pipe),
         left_alone=found.left_alone,
         **{kind: tuple(names) for kind, names in found.fused.items()},
     )

@@ -12,6 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from catimage_accel.accelerate.attention import FusedAttention, FusedAttnProcessor, restore_attention, swap_attention
+from catimage_accel.accelerate.deep_cache import interval_of, restore_deep_blocks
 from catimage_accel.accelerate.forwards import check_forwards, compile_mode, restore_forwards, swap_forwards
 from catimage_accel.accelerate.modules import components, text_encoders
 from catimage_accel.accelerate.norms import FusedGroupNorm, FusedLayerNorm, FusedSiLU
@@ -36,7 +37,7 @@ ORIGINALS: dict[type, tuple[type, tuple[str, ...]]] = {
 def accelerate(
     pipe: Pipeline,
     *,
-    tier: Literal["lossless"] = "lossless",
+    tier: Literal["lossless", "high", "fast"] = "lossless",
     compile: bool | str = False,
     cuda_graphs: bool = False,
 ) -> Pipeline:
@@ -49,7 +50,9 @@ def accelerate(
 
     Args:
         pipe: The pipeline.
-        tier: "lossless": the same maths, only rounding differs.
+        tier: "lossless": the same maths, only rounding differs. "high" and "fast" also keep what lies deep in the
+            UNet for 2 and 3 steps (DeepCache, arXiv 2312.00858) and draw other pictures, a little worse; the README
+            says how much on the built-in models. They pay where steps are many (20 and more).
         compile: True, or a mode of ``torch.compile``: compiles UNet, ControlNets and decoder in place, each as one
             graph (``fullgraph=True``), without wrapping them: types and ``state_dict`` keys stay. A first call takes a
             minute or more; another batch or picture size compiles once more, then for any; LoRA that comes or goes
@@ -67,23 +70,24 @@ def accelerate(
         UserWarning: Attention processors that someone set (IP-Adapter, custom) were left alone; names them.
 
     Raises:
-        ValueError: An option is unknown, contradicts another, or does not fit the pipeline (CUDA graphs on the CPU, a
-            model that is compiled or hooked already), or the pipeline has no UNet of that kind. Nothing was swapped.
+        ValueError: An option is unknown, contradicts another, or does not fit the pipeline (CUDA graphs on the CPU or
+            with a tier that keeps features, a model that is compiled or hooked already), or the pipeline has no UNet of
+            that kind. Nothing was swapped.
     """
-    if tier != "lossless":
-        raise ValueError(f"tier is {tier!r}; accepted: 'lossless'")
+    interval_of(tier)
     mode = compile_mode(compile, cuda_graphs)
     models = list(components(pipe))
-    check_forwards(pipe, mode, cuda_graphs)
+    check_forwards(pipe, tier, mode, cuda_graphs)
     for _, encoder in text_encoders(pipe):
         from catimage_accel.accelerate.text_encoder import swap_text_encoder  # transformers is slow to import
 
         swap_text_encoder(encoder)
     for _, component in models:
+        restore_deep_blocks(component)
         swap_attention(component)
         swap_resnets(component)
         swap_transformers(component)
-    swap_forwards(pipe, mode, cuda_graphs)
+    swap_forwards(pipe, tier, mode, cuda_graphs)
     foreign = {
         name: processor
         for name, layer in attention_layers(pipe)
@@ -117,6 +121,7 @@ def restore(pipe: Pipeline) -> Pipeline:
         _restore_classes(encoder)
     for _, component in models:
         restore_attention(component)
+        restore_deep_blocks(component)
         _restore_classes(component)
     return pipe
 

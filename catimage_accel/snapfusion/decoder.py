@@ -84,13 +84,13 @@ def distill_decoder(
 def distill_decoder_recipe(path: Path, work: Path, device: torch.device, steps: int | None = None) -> Path:
     """Run the decoder recipe ``path``, or go on with it; returns the folder of the finished VAE."""
     recipe = read_recipe(path, DecoderRecipe)
-    run = Run(path, work, device, recipe.model, recipe.training.precision)
+    run = Run(path, work, device, recipe.model, recipe.training.precision_on(device))
     prompts = run.prompts(recipe.prompts, recipe.number, training=True)
     latents = generated_latents(
         run.model, prompts, work, device, unet=recipe.unet, steps=recipe.steps, sampler=recipe.sampler,
         guidance_scale=recipe.guidance_scale, seed=recipe.seed,
     )  # fmt: skip
-    config = recipe.training.config(recipe.validate_every, steps)
+    config = recipe.training.config(device, recipe.validate_every, steps)
     told = recipe.model_dump(exclude={"training"}) | {"vae weights": weights_sha256(run.model, "vae")[:16]}
     student = distill_decoder(run.vae, pruned_decoder(run.vae, recipe.keep), latents, config, run.folder, device, told)
     return run.write(student, told | run_record(run.folder, config, device), "vae")

@@ -23,7 +23,7 @@ def finetune(path: Path, work: Path, device: torch.device, steps: int | None = N
     ``steps`` instead of the recipe's. Errors as in ``Run`` and ``Trainer``, before training but for divergence.
     """
     recipe = read_recipe(path, FinetuneRecipe)
-    run = Run(path, work, device, recipe.model, recipe.training.precision)
+    run = Run(path, work, device, recipe.model, recipe.training.precision_on(device))
     student = run.unet(recipe.student)
     taught = recipe.teacher_weight > 0
     loss = DenoisingLoss(
@@ -39,7 +39,7 @@ def distill_steps(path: Path, work: Path, device: torch.device, steps: int | Non
     """Teach recipe ``path``'s student to take fewer steps than its teacher; otherwise as ``finetune``."""
     recipe = read_recipe(path, StepsRecipe)
     check_steps(recipe.teacher_steps, recipe.student_steps)
-    run = Run(path, work, device, recipe.model, recipe.training.precision)
+    run = Run(path, work, device, recipe.model, recipe.training.precision_on(device))
     student = run.unet(recipe.student)
     low, high = recipe.guidance
     loss = StepLoss(
@@ -67,7 +67,7 @@ def _train(
             denoiser_of(student, run.dtype), wanted.steps or preview_steps, wanted.guidance_scale,
             run.folder / "validation",
         )  # fmt: skip
-    config = recipe.training.config(0 if wanted is None else wanted.every, steps)
+    config = recipe.training.config(run.device, 0 if wanted is None else wanted.every, steps)
     told: dict[str, Any] = recipe.model_dump(exclude={"training", "validation", "start_weight"})
     told |= {"source": loss.source.name} | {f"{role} weights": run.digest(name) for role, name in starts.items()}
     trainer = Trainer(

@@ -33,7 +33,7 @@ def search_architecture(path: Path, work: Path, device: torch.device, steps: int
     training, for a target that no network meets.
     """
     recipe = read_recipe(path, ArchitectureRecipe)
-    run = Run(path, work, device, recipe.model, recipe.training.precision)
+    run = Run(path, work, device, recipe.model, recipe.training.precision_on(device))
     wanted = recipe.search
     unet = run.unet(recipe.student)
     removable, repeatable = removable_blocks(unet), repeatable_blocks(unet)
@@ -95,7 +95,7 @@ def _robust_training(
 ) -> Trainer:
     """Trains the blocks that are left, up to where the rounds so far call for."""
     first = recipe.training.steps if steps is None else steps
-    config = recipe.training.config(0, first + len(state.rounds) * recipe.search.steps_between)
+    config = recipe.training.config(run.device, 0, first + len(state.rounds) * recipe.search.steps_between)
     recorded = told | {"source": loss.source.name}
     trainer = Trainer(unet, config, run.folder, run.device, run.path.stem, recipe=recorded, some_unused=True)
     denoiser = denoiser_of(trainer.forward, run.dtype)

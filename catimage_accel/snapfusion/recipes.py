@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
+import torch
 from pydantic import Field
 
 from catimage_accel.catalog import BUILT_IN, built_in_folder
 from catimage_accel.storage import Strict, read_toml, validated
-from catimage_accel.training.config import TrainConfig
+from catimage_accel.training.config import TrainConfig, computes_in_bf16
 
 RUN_PREFIX = "run:"
 
@@ -20,7 +21,10 @@ Scale = Annotated[float, Field(ge=0, le=100)]
 
 
 class Training(Strict):
-    """Fields of TrainConfig; those that are absent have its defaults."""
+    """Fields of TrainConfig; those that are absent have its defaults.
+
+    ``precision`` "auto" is bf16 where the device computes in it, else fp32.
+    """
 
     steps: Count
     batch_size: Count
@@ -34,10 +38,17 @@ class Training(Strict):
     checkpoint_every: Count = 250
     log_every: Count = 20
     accumulation: Count = 1
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
 
-    def config(self, validate_every: int, steps: int | None = None) -> TrainConfig:
+    def precision_on(self, device: torch.device) -> str:
+        """What the model computes in."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if computes_in_bf16(device) else "fp32"
+
+    def config(self, device: torch.device, validate_every: int, steps: int | None = None) -> TrainConfig:
         values = self.model_dump() | ({} if steps is None else {"steps": steps})
+        values["precision"] = self.precision_on(device)
         return TrainConfig(**values, validate_every=validate_every)
 
 

@@ -12,6 +12,14 @@ MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "validate_every")
 # What a model may compute in.
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is arithmetic there. Processors without it imitate it, many times slower than float32."""
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 # Plain matrix products: at these lengths the backward pass of torch's fused attention is several times slower on a CPU.
 TRAINING_ATTENTION = "eager"
 

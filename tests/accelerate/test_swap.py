@@ -193,7 +193,7 @@ def test_channels_last_survives(sd: StableDiffusionPipeline) -> None:
 
 
 def test_bad_arguments(sd: StableDiffusionPipeline) -> None:
-    with pytest.raises(ValueError, match="tier is 'fastest'; accepted: 'lossless'"):
+    with pytest.raises(ValueError, match="tier is 'fastest'; accepted: 'lossless', 'high', 'fast'"):
         accelerate(sd, tier="fastest")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pipe is a Linear with unet NoneType; accepted"):
         accelerate(nn.Linear(1, 1))

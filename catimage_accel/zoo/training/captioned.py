@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from catimage_accel.storage import write_tensors
+from catimage_accel.training.config import computes_in_bf16
 from catimage_accel.zoo.captions import caption
 from catimage_accel.zoo.scenes import Scene, SceneSpec
 from catimage_accel.zoo.training.autoencoder import encode
@@ -61,7 +62,8 @@ def _latents(cache: Path, vae: AutoencoderKL, scenes: int) -> Tensor:
     path = cache / f"latents-{scenes}-{digest.hexdigest()[:12]}.safetensors"
     if not path.exists():
         pictures = rendered(scenes, "train", cache)
-        encoder = copy.deepcopy(vae).to(torch.bfloat16)  # who gave the VAE goes on using it
+        dtype = torch.bfloat16 if computes_in_bf16(vae.device) else torch.float32
+        encoder = copy.deepcopy(vae).to(dtype)  # who gave the VAE goes on using it
         latents = (encode(encoder, pictures) * vae.config.scaling_factor).to(torch.bfloat16)
         write_tensors(path, {"latents": latents})
     return load_file(path)["latents"]

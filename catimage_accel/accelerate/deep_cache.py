@@ -1,0 +1,287 @@
+"""The lossy tiers of ``accelerate``: what lies deep in a UNet is kept for some steps (DeepCache, arXiv 2312.00858).
+
+Between refreshes a call runs the first down block, the last up block and what is around them; the blocks between stand
+still. The UNet's own ``forward`` runs as ever, so ControlNets, FreeU, LoRA, IP-Adapters and hooks work as without.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from catimage_accel.accelerate.modules import named_like
+
+INTERVALS = {"lossless": 1, "high": 2, "fast": 3}
+"""Tier -> how many steps the deep features serve."""
+MAX_TEXTS = 2  # guided pipelines that call the UNet once for each half alternate between two
+
+
+class DeepFeatures:
+    """What the blocks of one UNet ask: whether they stand still in this call, and what is kept of the last refresh."""
+
+    def __init__(self) -> None:
+        self.skips = False
+        self.kept: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[DeepFeatures], tuple[()]]:
+        return DeepFeatures, ()  # copies and pickles start empty
+
+
+@dataclass(eq=False)
+class _Denoising:
+    """Where the denoising of one text is."""
+
+    text: weakref.ref[Tensor]
+    kind: tuple[Any, ...]
+    place: Any
+    age: int
+    kept: Tensor | None
+
+
+class DeepCachedForward:
+    """A UNet's ``forward`` with the deep blocks run at every ``interval``-th call of a denoising loop.
+
+    A loop is told by its calls: the very same text tensor, latents of one shape, and timesteps that go on, which they
+    do where each lies behind the one before in the same tensor (as in ``for t in scheduler.timesteps``) or is a smaller
+    number. Every other call is a refresh, so a loop that makes a tensor of every timestep is right and no faster.
+    Calls with gradients or T2I-Adapters, and those that are traced or captured, run whole.
+    """
+
+    def __init__(self, inner: Callable[..., Any], features: DeepFeatures, interval: int) -> None:
+        self.inner, self.interval = inner, interval
+        self._features = features
+        self._running: tuple[_Denoising, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DeepCachedForward, (self.inner, self._features, self.interval)
+
+    def __call__(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Arguments and result are those of the UNet's ``forward``."""
+        features = self._features
+        denoising = None
+        if _takes(sample, encoder_hidden_states, kwargs):
+            denoising = self._find(sample, timestep, encoder_hidden_states)
+        features.skips = denoising is not None and denoising.age > 0
+        features.kept = denoising.kept if features.skips and denoising is not None else None
+        try:
+            result = self.inner(sample, timestep, encoder_hidden_states, *args, **kwargs)
+            if denoising is not None:
+                denoising.kept = features.kept
+        except BaseException:
+            self._running = ()
+            raise
+        finally:
+            features.skips, features.kept = False, None
+        return result
+
+    def _find(self, sample: Tensor, timestep: Any, text: Tensor) -> _Denoising:
+        """The loop that this call belongs to, at the age of its features: 0 where they have to be made."""
+        kind = (sample.shape, sample.dtype, sample.device)
+        place = _place(timestep)
+        for one in self._running:
+            if one.text() is text and one.kind == kind and _goes_on(one.place, place):
+                one.place = place
+                one.age = (one.age + 1) % self.interval if one.kept is not None else 0
+                return one
+        this = weakref.ref(self)
+
+        def forget_text(dead: weakref.ref[Tensor]) -> None:
+            forward = this()
+            if forward is not None:
+                forward._running = tuple(one for one in forward._running if one.text is not dead)
+
+        new = _Denoising(weakref.ref(text, forget_text), kind, place, 0, None)
+        others = [one for one in self._running if one.text() is not text]
+        self._running = (new, *others)[:MAX_TEXTS]
+        return new
+
+
+def _takes(sample: Tensor, text: Any, kwargs: dict[str, Any]) -> bool:
+    # T2I-Adapters add to what comes out of down blocks, in place; older pipelines call them by ControlNets' argument.
+    adapters = kwargs.get("down_intrablock_additional_residuals") is not None or (
+        kwargs.get("down_block_additional_residuals") is not None
+        and kwargs.get("mid_block_additional_residual") is None
+    )
+    return isinstance(text, Tensor) and not (
+        adapters
+        or torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or (sample.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _place(timestep: Any) -> Any:
+    """Where a call is in its loop, without waiting for the device: see ``_goes_on``."""
+    if isinstance(timestep, Tensor):
+        return timestep.untyped_storage().data_ptr(), timestep.storage_offset()
+    return -float(timestep)
+
+
+def _goes_on(before: Any, now: Any) -> bool:
+    if isinstance(before, tuple) and isinstance(now, tuple):
+        return bool(before[0] == now[0] and before[1] < now[1])
+    return isinstance(before, float) and isinstance(now, float) and before < now
+
+
+def _features_of(block: Any) -> DeepFeatures | None:
+    """None where someone held on to a block's ``forward`` for longer than it was swapped in."""
+    return getattr(block, "deep_features", None)
+
+
+def _skipping_down(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        features = _features_of(self)
+        if features is None or not features.skips:
+            return plain(self, hidden_states, *args, **kwargs)
+        # Nobody looks at the skip connections, but ControlNets add to each: a number takes anything.
+        nothing = hidden_states.new_zeros(())
+        return hidden_states, (nothing,) * (len(self.resnets) + (self.downsamplers is not None))
+
+    return forward
+
+
+def _skipping(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        features = _features_of(self)
+        if features is None or not features.skips:
+            return plain(self, hidden_states, *args, **kwargs)
+        return hidden_states.new_zeros(())
+
+    return forward
+
+
+def _keeping(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        features = _features_of(self)
+        if features is None:
+            return plain(self, hidden_states, *args, **kwargs)
+        if not features.skips:
+            features.kept = plain(self, hidden_states, *args, **kwargs)
+        return features.kept
+
+    return forward
+
+
+@named_like(DownBlock2D)
+class SkippingDownBlock2D(DownBlock2D):
+    """A ``DownBlock2D`` that stands still between refreshes."""
+
+    forward = _skipping_down(DownBlock2D.forward)
+
+
+@named_like(CrossAttnDownBlock2D)
+class SkippingCrossAttnDownBlock2D(CrossAttnDownBlock2D):
+    """A ``CrossAttnDownBlock2D`` that stands still between refreshes."""
+
+    forward = _skipping_down(CrossAttnDownBlock2D.forward)
+
+
+@named_like(UNetMidBlock2DCrossAttn)
+class SkippingMidBlock2DCrossAttn(UNetMidBlock2DCrossAttn):
+    """A ``UNetMidBlock2DCrossAttn`` that stands still between refreshes."""
+
+    forward = _skipping(UNetMidBlock2DCrossAttn.forward)
+
+
+@named_like(UpBlock2D)
+class SkippingUpBlock2D(UpBlock2D):
+    """An ``UpBlock2D`` that stands still between refreshes."""
+
+    forward = _skipping(UpBlock2D.forward)
+
+
+@named_like(CrossAttnUpBlock2D)
+class SkippingCrossAttnUpBlock2D(CrossAttnUpBlock2D):
+    """A ``CrossAttnUpBlock2D`` that stands still between refreshes."""
+
+    forward = _skipping(CrossAttnUpBlock2D.forward)
+
+
+@named_like(UpBlock2D)
+class KeepingUpBlock2D(UpBlock2D):
+    """The ``UpBlock2D`` whose result is kept between refreshes."""
+
+    forward = _keeping(UpBlock2D.forward)
+
+
+@named_like(CrossAttnUpBlock2D)
+class KeepingCrossAttnUpBlock2D(CrossAttnUpBlock2D):
+    """The ``CrossAttnUpBlock2D`` whose result is kept between refreshes."""
+
+    forward = _keeping(CrossAttnUpBlock2D.forward)
+
+
+SKIPPING: dict[type, type] = {
+    DownBlock2D: SkippingDownBlock2D,
+    CrossAttnDownBlock2D: SkippingCrossAttnDownBlock2D,
+    UNetMidBlock2DCrossAttn: SkippingMidBlock2DCrossAttn,
+    UpBlock2D: SkippingUpBlock2D,
+    CrossAttnUpBlock2D: SkippingCrossAttnUpBlock2D,
+}
+KEEPING: dict[type, type] = {UpBlock2D: KeepingUpBlock2D, CrossAttnUpBlock2D: KeepingCrossAttnUpBlock2D}
+ORIGINALS = {swapped: plain for kinds in (SKIPPING, KEEPING) for plain, swapped in kinds.items()}
+
+
+def interval_of(tier: Any) -> int:
+    """How many steps the deep features of a tier serve; ValueError for an unknown tier."""
+    if not isinstance(tier, str) or tier not in INTERVALS:
+        raise ValueError(f"tier is {tier!r}; accepted: {', '.join(map(repr, INTERVALS))}")
+    return INTERVALS[tier]
+
+
+def check_deep_blocks(unet: Any, tier: str) -> None:
+    """Raises ValueError where the UNet has no deep blocks, or some that can't stand still."""
+    if len(unet.up_blocks) < 2:
+        raise ValueError(
+            f"tier is {tier!r}, which skips what lies between the first and the last blocks of a UNet, but this one "
+            "has one up block; accepted: tier='lossless'"
+        )
+    for path, block, kinds in _deep_blocks(unet):
+        if ORIGINALS.get(type(block), type(block)) not in kinds:
+            raise ValueError(
+                f"tier is {tier!r}, but unet.{path} is a {type(block).__name__}; accepted: blocks of the kinds "
+                f"{', '.join(kind.__name__ for kind in kinds)}, or tier='lossless'"
+            )
+
+
+def swap_deep_blocks(unet: Any) -> DeepFeatures:
+    """Gives the deep blocks the classes that stand still; returns what they ask."""
+    features = DeepFeatures()
+    for _, block, kinds in _deep_blocks(unet):
+        block.__class__ = kinds[ORIGINALS.get(type(block), type(block))]
+        block.deep_features = features
+    return features
+
+
+def restore_deep_blocks(component: nn.Module) -> None:
+    """Their own classes."""
+    for module in component.modules():
+        if type(module) in ORIGINALS:
+            module.__class__ = ORIGINALS[type(module)]
+            module.__dict__.pop("deep_features", None)
+
+
+def _deep_blocks(unet: Any) -> list[tuple[str, Any, dict[type, type]]]:
+    """Path, block and the classes that it may get."""
+    last = len(unet.up_blocks) - 2
+    down = [(f"down_blocks.{index}", block, SKIPPING) for index, block in enumerate(unet.down_blocks) if index > 0]
+    middle = [] if unet.mid_block is None else [("mid_block", unet.mid_block, SKIPPING)]
+    up = [
+        (f"up_blocks.{index}", block, KEEPING if index == last else SKIPPING)
+        for index, block in enumerate(unet.up_blocks[:-1])
+    ]
+    return [*down, *middle, *up]
