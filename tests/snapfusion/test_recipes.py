@@ -6,7 +6,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
+from catimage_accel.snapfusion import recipes
 from catimage_accel.snapfusion.recipes import (
     ArchitectureRecipe,
     DecoderRecipe,
@@ -44,6 +46,22 @@ steps = 10
 batch_size = 4
 learning_rate = 1e-4
 """
+
+
+@pytest.mark.parametrize(
+    ("asked", "arithmetic", "precision"),
+    [("auto", True, "bf16"), ("auto", False, "fp32"), ("bf16", False, "bf16"), ("fp32", True, "fp32")],
+    ids=["the device has bfloat16", "the device imitates it", "asked for all the same", "asked for"],
+)
+def test_the_precision_is_one_that_the_device_computes_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, arithmetic: bool, precision: str
+) -> None:
+    monkeypatch.setattr(recipes, "computes_in_bf16", lambda device: arithmetic)
+    path = tmp_path / "steps.toml"
+    path.write_text(STEPS + f'precision = "{asked}"\n')
+    training = read_recipe(path, StepsRecipe).training
+    assert training.precision_on(torch.device("cpu")) == precision
+    assert training.config(torch.device("cpu"), 0).precision == precision
 
 
 @pytest.mark.parametrize(
