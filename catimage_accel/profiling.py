@@ -50,8 +50,14 @@ def count_flops(catalog: Catalog, advance: Advance = lambda _: None) -> dict[str
 
 
 def profiled_device(device: torch.device) -> str:
-    """What costs.json calls a device: its name, of a processor with the number of threads used."""
-    return device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+    """What costs.json calls a device: its name, of a processor with its vectors and the number of threads used.
+
+    Virtual machines call processors of several generations by one name, and INT8 is another matter on each.
+    """
+    if device.type != "cpu":
+        return device_name(device)
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{device_name(device)} ({vectors}), {torch.get_num_threads()} threads"
 
 
 def catalog_executor(

@@ -10,7 +10,7 @@ import torch
 
 from catimage_accel.kernels.device import device_name
 
-__all__ = ["device_key", "os_key"]
+__all__ = ["device_key", "int8_weight_bits", "os_key"]
 
 # What compiled code chooses between, as /proc/cpuinfo calls it: x86-64, then AArch64.
 _INSTRUCTION_SETS = (
@@ -36,6 +36,17 @@ def device_key(device: torch.device) -> str:
 def os_key() -> str:
     """The system and its architecture: "linux x86_64"."""
     return f"{platform.system()} {platform.machine()}".lower()
+
+
+def int8_weight_bits() -> int:
+    """How many bits of INT8 weights the processor's libraries add up rightly: 8, or 7 on x86 without VNNI.
+
+    There they add pairs of products in 16 bits (``vpmaddubsw``), where those of large weights with large activations
+    saturate. ONNX Runtime and OpenVINO advise seven bits for such processors, and use the instruction all the same.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return 8
+    return 8 if {"avx_vnni", "avx512_vnni", "amx_int8", "avx10_2"}.intersection(_instruction_sets()) else 7
 
 
 @cache

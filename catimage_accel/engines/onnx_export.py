@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from catimage_accel.engines.components import Component
 from catimage_accel.engines.deepcache import enter, inside, leave
 from catimage_accel.engines.loading import load_unet, load_vae, read_config
-from catimage_accel.engines.onnx_weights import fold_quantized_weights, onnx_type, type_scales
+from catimage_accel.engines.onnx_weights import fold_quantized_weights, narrow_weights, onnx_type, type_scales
 from catimage_accel.engines.unavailable import EngineUnavailable, why_missing
 from catimage_accel.quantize.fake import fake_quantized
 
@@ -44,6 +44,7 @@ def export(
     cache: EngineCache,
     *,
     high_precision: str = "fp32",
+    weight_bits: int = 8,
     external_over: int = PROTOBUF_LIMIT,
 ) -> CacheEntry:
     """The cache's entry with the component as ``model.onnx``, written at the first call.
@@ -52,7 +53,8 @@ def export(
     ``latents`` and the outputs are of the component's precision ("int8" and "fp8": of ``high_precision``, which is
     also that of the layers that aren't quantized); ``timestep`` (rows,) and ``time_ids`` (rows, 6) are float32. Rows,
     heights, widths and tokens are dynamic, of any value the UNet takes. Quantized layers have QuantizeLinear and
-    DequantizeLinear around them, their weights stored as 8-bit initializers.
+    DequantizeLinear around them, their weights stored as 8-bit initializers; with ``weight_bits`` 7 INT8 ones lie in
+    -64 to 64, for processors that add no more (``machine.int8_weight_bits``).
 
     Inputs and outputs: "unet" sample, timestep, encoder_hidden_states (SDXL's kind: and text_embeds, time_ids) ->
     noise; "unet-deep" also gives deep_features, which "unet-shallow" takes; "vae_decoder" latents (divided by the
@@ -63,11 +65,13 @@ def export(
     """
     if (missing := why_missing(("onnx",), "onnx")) is not None:
         raise EngineUnavailable(missing)
-    key = export_key(component, high_precision)
-    return cache.get_or_build(key, lambda folder: _write(component, high_precision, folder, external_over))
+    if weight_bits not in (7, 8):
+        raise ValueError(f"weight_bits is {weight_bits}; accepted: 7 or 8")
+    key = export_key(component, high_precision, weight_bits)
+    return cache.get_or_build(key, lambda folder: _write(component, high_precision, weight_bits, folder, external_over))
 
 
-def export_key(component: Component, high_precision: str = "fp32") -> Any:
+def export_key(component: Component, high_precision: str = "fp32", weight_bits: int = 8) -> Any:
     """The ``EngineKey`` of :func:`export`."""
     import diffusers
 
@@ -78,11 +82,14 @@ def export_key(component: Component, high_precision: str = "fp32") -> Any:
         component.model_sha256, component.name, component.precision, "" if scales is None else scales.digest,
         profile="dynamic", runtime="onnx", runtime_version=f"torch {torch.__version__}, diffusers "
         f"{diffusers.__version__}", device="any", os="any",
-        options=(("format", FORMAT), *((("high_precision", high_precision),) if scales else ())),
+        options=(
+            ("format", FORMAT), *((("high_precision", high_precision),) if scales else ()),
+            *((("weight_bits", "7"),) if component.precision == "int8" and weight_bits == 7 else ()),
+        ),
     )  # fmt: skip
 
 
-def _write(component: Component, high_precision: str, folder: Path, external_over: int) -> None:
+def _write(component: Component, high_precision: str, weight_bits: int, folder: Path, external_over: int) -> None:
     import onnx
 
     if high_precision not in _DTYPES:
@@ -100,6 +107,8 @@ def _write(component: Component, high_precision: str, folder: Path, external_ove
     _keep_inputs(model, dict(zip(names, inputs, strict=True)))
     if component.scales is not None:
         fold_quantized_weights(model)
+        if component.precision == "int8" and weight_bits == 7:
+            narrow_weights(model)
         if dtype != torch.float32:
             type_scales(model, dtype)
     if dtype == torch.bfloat16:

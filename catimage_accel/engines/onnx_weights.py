@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fold_quantized_weights", "onnx_type", "type_scales"]
+__all__ = ["fold_quantized_weights", "narrow_weights", "onnx_type", "type_scales"]
 
 _E4M3_MAX = 448.0
 
@@ -50,6 +50,33 @@ def fold_quantized_weights(model: Any) -> int:
     _delete(graph.initializer, lambda tensor: tensor.name not in used)
     _delete(graph.node, lambda node: node.op_type == "Constant" and node.output[0] not in used)
     return len(folded)
+
+
+def narrow_weights(model: Any) -> int:
+    """Halves the 8-bit integers that ``fold_quantized_weights`` stored, and doubles their scales; returns how many.
+
+    They then lie in -64 to 64, so that two products with an unsigned byte fit into 16 bits; an odd one is rounded, to
+    even. ``model`` is an ``onnx.ModelProto``, changed in place.
+    """
+    from onnx import TensorProto
+
+    graph = model.graph
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    constants = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    narrowed = 0
+    for node in graph.node:
+        weight = initializers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if weight is None or weight.data_type != TensorProto.INT8:
+            continue
+        weight.CopyFrom(_proto(weight.name, (_tensor(weight) / 2).round().to(torch.int8), TensorProto.INT8))
+        scale = initializers.get(node.input[1], constants.get(node.input[1]))
+        assert scale is not None
+        # another layer may have the same scale
+        doubled = _proto(f"{weight.name}_scale_of_halves", 2 * _tensor(scale), scale.data_type)
+        graph.initializer.append(doubled)
+        node.input[1] = doubled.name
+        narrowed += 1
+    return narrowed
 
 
 def type_scales(model: Any, dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from catimage_accel.engines.cache import CacheEntry, EngineCache
 from catimage_accel.engines.components import Component, ShapeProfile
+from catimage_accel.engines.machine import int8_weight_bits
 from catimage_accel.engines.onnx_export import MODEL_FILE, export
 from catimage_accel.engines.unavailable import EngineUnavailable, why_missing
 
@@ -56,7 +57,7 @@ class OnnxRuntimeRunner:
     def _session(self) -> Any:
         import onnxruntime
 
-        entry = export(self._component, self._cache)
+        entry = self._export()
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = torch.get_num_threads()
@@ -79,8 +80,11 @@ class OnnxRuntimeRunner:
             raise _unavailable(self._component, error) from error
         return dict(zip(names, map(torch.from_numpy, results), strict=True))
 
+    def _export(self) -> CacheEntry:
+        return export(self._component, self._cache, weight_bits=int8_weight_bits())
+
     def build(self, advance: Callable[[str], None] = lambda _: None) -> list[CacheEntry]:
-        entry = export(self._component, self._cache)
+        entry = self._export()
         advance(self._component.name)
         return [entry]
 

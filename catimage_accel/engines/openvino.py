@@ -15,7 +15,7 @@ from torch import Tensor
 from catimage_accel.engines.cache import CacheEntry, EngineCache, EngineKey
 from catimage_accel.engines.cache_entry import read_record
 from catimage_accel.engines.components import Component, ShapeProfile
-from catimage_accel.engines.machine import device_key, os_key
+from catimage_accel.engines.machine import device_key, int8_weight_bits, os_key
 from catimage_accel.engines.onnx_export import FORMAT, MODEL_FILE, export
 from catimage_accel.engines.openvino_time import TIME, time_alone, without_time
 from catimage_accel.engines.unavailable import EngineUnavailable, why_missing
@@ -166,15 +166,17 @@ class OpenVINORunner:
 
 
 def _weights(component: Component, cache: EngineCache, version: str) -> CacheEntry:
-    """The component in OpenVINO's own format, the same for all shapes and processors."""
+    """The component in OpenVINO's own format, the same for all shapes, and for processors that add INT8 alike."""
+    bits = int8_weight_bits() if component.precision == "int8" else 8
 
     def convert(folder: Path) -> None:
         import openvino
 
-        model = _core().read_model(export(component, cache).folder / MODEL_FILE)
+        model = _core().read_model(export(component, cache, weight_bits=bits).folder / MODEL_FILE)
         openvino.save_model(model, folder / _IR_FILE, compress_to_fp16=False)
 
-    return cache.get_or_build(_key(component, version, "dynamic", "any", {"file": _IR_FILE}), convert)
+    options = {"file": _IR_FILE} | ({} if bits == 8 else {"weight_bits": str(bits)})
+    return cache.get_or_build(_key(component, version, "dynamic", "any", options), convert)
 
 
 def _key(component: Component, version: str, profile: str, device: str, options: dict[str, str]) -> EngineKey:

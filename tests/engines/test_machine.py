@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from catimage_accel.engines import machine
-from catimage_accel.engines.machine import device_key, os_key
+from catimage_accel.engines.machine import device_key, int8_weight_bits, os_key
 from catimage_accel.kernels.device import device_name
 
 CPU = torch.device("cpu")
@@ -44,6 +44,23 @@ def test_instruction_sets_come_from_the_system(
         assert device_key(CPU) == f"cpu: {device_name(CPU)}{ending}"
     finally:
         machine._instruction_sets.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "flags", "bits"),
+    [
+        ("x86_64", ("avx2", "fma"), 7), ("AMD64", ("avx2", "avx512f", "avx512bw"), 7), ("x86_64", (), 7),
+        ("x86_64", ("avx2", "avx512f", "avx512_vnni"), 8), ("x86_64", ("avx2", "avx_vnni"), 8),
+        ("aarch64", ("asimd",), 8),
+    ],
+    ids=["AVX2", "AVX-512 before VNNI", "unknown", "AVX-512 with VNNI", "AVX2 with VNNI", "not x86"],
+)  # fmt: skip
+def test_int8_weights_have_the_bits_that_the_processor_adds_up(
+    architecture: str, flags: tuple[str, ...], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: architecture)
+    monkeypatch.setattr(machine, "_instruction_sets", lambda: flags)
+    assert int8_weight_bits() == bits
 
 
 def test_a_gpu_is_named_by_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
