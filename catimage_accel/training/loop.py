@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from catimage_accel.training.checkpoint import read_checkpoint, write_checkpoint
-from catimage_accel.training.config import PRECISIONS, TrainConfig
+from catimage_accel.training.config import PRECISIONS, TrainConfig, computes_in_bf16
+from catimage_accel.training.muon import Float32Muon
 from catimage_accel.training.record import write_machine
 
 LossFn = Callable[[int, torch.Generator], torch.Tensor]
@@ -183,9 +184,8 @@ class Trainer:
         if rest:
             optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True))
         if matrices:
-            optimizers.append(
-                torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-            )
+            muon = torch.optim.Muon if computes_in_bf16(matrices[0].device) else Float32Muon
+            optimizers.append(muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
         return optimizers
 
     def _one_step(self, loss_fn: LossFn) -> float:
