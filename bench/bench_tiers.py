@@ -64,16 +64,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row a tier."""
     texts = judge.embed_texts(captions)
-    images = {}
-    for tier in INTERVALS:
-        images[tier] = embed(judge, draw(accelerate(pipe, tier=tier), captions, steps, scale, 0))
+
+    def drawn(tier: Any, wanted: list[str], seed: int = 0) -> np.ndarray:
+        return draw(accelerate(pipe, tier=tier), wanted, steps, scale, seed)
+
+    images = {tier: embed(judge, drawn(tier, captions)) for tier in INTERVALS}
     few = captions[: max(1, len(captions) // 5)]
-    other_noise = embed(judge, draw(accelerate(pipe), few, steps, scale, 1))
-    calls = {
-        tier: lambda tier=tier: draw(accelerate(pipe, tier=tier), captions[:BATCH], steps, scale, 0)
-        for tier in INTERVALS
-    }
-    times = interleave(calls, CPU, seconds=seconds)
+    other_noise = embed(judge, drawn("lossless", few, seed=1))
+    times = interleave({tier: partial(drawn, tier, captions[:BATCH]) for tier in INTERVALS}, CPU, seconds=seconds)
     scores = {tier: np.clip((found * texts).sum(axis=1), 0, 1) for tier, found in images.items()}
     rng = np.random.default_rng(0)
     picks = np.concatenate(
@@ -96,12 +94,9 @@ def measure(
 
 def share_between_refreshes(family: Family) -> float:
     """Of a whole call's floating-point operations, counted on shapes alone."""
-    with torch.device("meta"):
-        unet = family.new_unet(torch.device("meta"), torch.float32)
-    sample, conditions = torch.empty(2, 4, family.latents, family.latents, device="meta"), {}
-    for name, value in family.new_conditions(2, CPU, torch.float32).items():
-        moved = {key: each.to("meta") for key, each in value.items()} if isinstance(value, dict) else value.to("meta")
-        conditions[name] = moved
+    shapes = torch.device("meta"), torch.float32
+    unet = family.new_unet(*shapes)
+    sample, conditions = family.new_latents(2, *shapes), family.new_conditions(2, *shapes)
     call = partial(unet, sample, torch.tensor(500, device="meta"), **conditions)
     features = swap_deep_blocks(unet)
     counted = []

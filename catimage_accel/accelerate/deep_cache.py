@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d_blocks import (
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from catimage_accel.accelerate.modules import named_like
@@ -142,87 +142,92 @@ def _features_of(block: Any) -> DeepFeatures | None:
     return getattr(block, "deep_features", None)
 
 
-def _skipping_down(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _standing_still(plain: Callable[..., Any], instead: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
+    """``plain``, or what ``instead`` says of the block and its hidden states where the block stands still."""
+
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         features = _features_of(self)
         if features is None or not features.skips:
             return plain(self, hidden_states, *args, **kwargs)
-        # Nobody looks at the skip connections, but ControlNets add to each: a number takes anything.
-        nothing = hidden_states.new_zeros(())
-        return hidden_states, (nothing,) * (len(self.resnets) + (self.downsamplers is not None))
-
-    return forward
-
-
-def _skipping(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        features = _features_of(self)
-        if features is None or not features.skips:
-            return plain(self, hidden_states, *args, **kwargs)
-        return hidden_states.new_zeros(())
+        return instead(self, hidden_states)
 
     return forward
 
 
 def _keeping(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """``plain``, whose result is kept."""
+
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = plain(self, hidden_states, *args, **kwargs)
         features = _features_of(self)
-        if features is None:
-            return plain(self, hidden_states, *args, **kwargs)
-        if not features.skips:
-            features.kept = plain(self, hidden_states, *args, **kwargs)
-        return features.kept
+        if features is not None:
+            features.kept = result
+        return result
 
     return forward
+
+
+def _nothing(block: Any, hidden_states: Tensor) -> Tensor:
+    return hidden_states.new_zeros(())
+
+
+def _nothing_but_skips(block: Any, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    # Nobody looks at the skip connections, but ControlNets add to each: a number takes anything.
+    number = len(block.resnets) + (block.downsamplers is not None)
+    return hidden_states, (_nothing(block, hidden_states),) * number
+
+
+def _kept(block: Any, hidden_states: Tensor) -> Tensor | None:
+    return block.deep_features.kept
 
 
 @named_like(DownBlock2D)
 class SkippingDownBlock2D(DownBlock2D):
     """A ``DownBlock2D`` that stands still between refreshes."""
 
-    forward = _skipping_down(DownBlock2D.forward)
+    forward = _standing_still(DownBlock2D.forward, _nothing_but_skips)
 
 
 @named_like(CrossAttnDownBlock2D)
 class SkippingCrossAttnDownBlock2D(CrossAttnDownBlock2D):
     """A ``CrossAttnDownBlock2D`` that stands still between refreshes."""
 
-    forward = _skipping_down(CrossAttnDownBlock2D.forward)
+    forward = _standing_still(CrossAttnDownBlock2D.forward, _nothing_but_skips)
 
 
 @named_like(UNetMidBlock2DCrossAttn)
 class SkippingMidBlock2DCrossAttn(UNetMidBlock2DCrossAttn):
     """A ``UNetMidBlock2DCrossAttn`` that stands still between refreshes."""
 
-    forward = _skipping(UNetMidBlock2DCrossAttn.forward)
+    forward = _standing_still(UNetMidBlock2DCrossAttn.forward, _nothing)
 
 
 @named_like(UpBlock2D)
 class SkippingUpBlock2D(UpBlock2D):
     """An ``UpBlock2D`` that stands still between refreshes."""
 
-    forward = _skipping(UpBlock2D.forward)
+    forward = _standing_still(UpBlock2D.forward, _nothing)
 
 
 @named_like(CrossAttnUpBlock2D)
 class SkippingCrossAttnUpBlock2D(CrossAttnUpBlock2D):
     """A ``CrossAttnUpBlock2D`` that stands still between refreshes."""
 
-    forward = _skipping(CrossAttnUpBlock2D.forward)
+    forward = _standing_still(CrossAttnUpBlock2D.forward, _nothing)
 
 
 @named_like(UpBlock2D)
 class KeepingUpBlock2D(UpBlock2D):
     """The ``UpBlock2D`` whose result is kept between refreshes."""
 
-    forward = _keeping(UpBlock2D.forward)
+    forward = _standing_still(_keeping(UpBlock2D.forward), _kept)
 
 
 @named_like(CrossAttnUpBlock2D)
 class KeepingCrossAttnUpBlock2D(CrossAttnUpBlock2D):
     """The ``CrossAttnUpBlock2D`` whose result is kept between refreshes."""
 
-    forward = _keeping(CrossAttnUpBlock2D.forward)
+    forward = _standing_still(_keeping(CrossAttnUpBlock2D.forward), _kept)
 
 
 SKIPPING: dict[type, type] = {
@@ -233,7 +238,8 @@ SKIPPING: dict[type, type] = {
     CrossAttnUpBlock2D: SkippingCrossAttnUpBlock2D,
 }
 KEEPING: dict[type, type] = {UpBlock2D: KeepingUpBlock2D, CrossAttnUpBlock2D: KeepingCrossAttnUpBlock2D}
-ORIGINALS = {swapped: plain for kinds in (SKIPPING, KEEPING) for plain, swapped in kinds.items()}
+ORIGINALS = {swapped: (plain, ("deep_features",)) for kinds in (SKIPPING, KEEPING) for plain, swapped in kinds.items()}
+"""Class that stands still -> the class it stands in for, and the attributes that its blocks were given."""
 
 
 def interval_of(tier: Any) -> int:
@@ -251,7 +257,7 @@ def check_deep_blocks(unet: Any, tier: str) -> None:
             "has one up block; accepted: tier='lossless'"
         )
     for path, block, kinds in _deep_blocks(unet):
-        if ORIGINALS.get(type(block), type(block)) not in kinds:
+        if type(block) not in kinds and type(block) not in kinds.values():
             raise ValueError(
                 f"tier is {tier!r}, but unet.{path} is a {type(block).__name__}; accepted: blocks of the kinds "
                 f"{', '.join(kind.__name__ for kind in kinds)}, or tier='lossless'"
@@ -259,20 +265,12 @@ def check_deep_blocks(unet: Any, tier: str) -> None:
 
 
 def swap_deep_blocks(unet: Any) -> DeepFeatures:
-    """Gives the deep blocks the classes that stand still; returns what they ask."""
+    """Gives the deep blocks, of their own classes, those that stand still; returns what they ask."""
     features = DeepFeatures()
     for _, block, kinds in _deep_blocks(unet):
-        block.__class__ = kinds[ORIGINALS.get(type(block), type(block))]
+        block.__class__ = kinds[type(block)]
         block.deep_features = features
     return features
-
-
-def restore_deep_blocks(component: nn.Module) -> None:
-    """Their own classes."""
-    for module in component.modules():
-        if type(module) in ORIGINALS:
-            module.__class__ = ORIGINALS[type(module)]
-            module.__dict__.pop("deep_features", None)
 
 
 def _deep_blocks(unet: Any) -> list[tuple[str, Any, dict[type, type]]]:

@@ -63,11 +63,12 @@ def check_forwards(pipe: Any, tier: str, mode: str | None, cuda_graphs: bool) ->
         )
     if cached:
         check_deep_blocks(unwrapped(pipe.unet), tier)
-    if mode is None and not cuda_graphs and not cached:
+    whole = mode is not None or cuda_graphs
+    if not whole and not cached:
         return
     option = "compile" if mode is not None else "cuda_graphs" if cuda_graphs else f"tier {tier!r}"
     for path, model in denoisers_and_decoder(pipe):
-        if mode is None and not cuda_graphs and path != UNET:
+        if not whole and path != UNET:
             continue
         if is_compiled(model):
             raise ValueError(

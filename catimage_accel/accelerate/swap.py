@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 from diffusers.models.activations import GEGLU
@@ -11,8 +12,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from catimage_accel.accelerate import deep_cache
 from catimage_accel.accelerate.attention import FusedAttention, FusedAttnProcessor, restore_attention, swap_attention
-from catimage_accel.accelerate.deep_cache import interval_of, restore_deep_blocks
 from catimage_accel.accelerate.forwards import check_forwards, compile_mode, restore_forwards, swap_forwards
 from catimage_accel.accelerate.modules import components, text_encoders
 from catimage_accel.accelerate.norms import FusedGroupNorm, FusedLayerNorm, FusedSiLU
@@ -21,9 +22,10 @@ from catimage_accel.accelerate.resnet import FusedResnetBlock2D, swap_resnets
 from catimage_accel.accelerate.transformer import FusedGEGLU, FusedTransformerBlock, swap_transformers
 
 Pipeline = TypeVar("Pipeline")
+Originals = Mapping[type, tuple[type, tuple[str, ...]]]
 
 # Fused class -> the class it stands in for, and the attributes that its modules were given.
-ORIGINALS: dict[type, tuple[type, tuple[str, ...]]] = {
+ORIGINALS: Originals = {
     FusedAttention: (Attention, ()),
     FusedGEGLU: (GEGLU, ()),
     FusedGroupNorm: (nn.GroupNorm, ("activation",)),
@@ -31,6 +33,7 @@ ORIGINALS: dict[type, tuple[type, tuple[str, ...]]] = {
     FusedResnetBlock2D: (ResnetBlock2D, ()),
     FusedSiLU: (nn.SiLU, ("norms_apply_it",)),
     FusedTransformerBlock: (BasicTransformerBlock, ()),
+    **deep_cache.ORIGINALS,
 }
 
 
@@ -52,7 +55,7 @@ def accelerate(
         pipe: The pipeline.
         tier: "lossless": the same maths, only rounding differs. "high" and "fast" also keep what lies deep in the
             UNet for 2 and 3 steps (DeepCache, arXiv 2312.00858) and draw other pictures, a little worse; the README
-            says how much on the built-in models. They pay where steps are many (20 and more).
+            says how much on the built-in models, in 25 steps.
         compile: True, or a mode of ``torch.compile``: compiles UNet, ControlNets and decoder in place, each as one
             graph (``fullgraph=True``), without wrapping them: types and ``state_dict`` keys stay. A first call takes a
             minute or more; another batch or picture size compiles once more, then for any; LoRA that comes or goes
@@ -74,7 +77,7 @@ def accelerate(
             with a tier that keeps features, a model that is compiled or hooked already), or the pipeline has no UNet of
             that kind. Nothing was swapped.
     """
-    interval_of(tier)
+    deep_cache.interval_of(tier)
     mode = compile_mode(compile, cuda_graphs)
     models = list(components(pipe))
     check_forwards(pipe, tier, mode, cuda_graphs)
@@ -83,7 +86,7 @@ def accelerate(
 
         swap_text_encoder(encoder)
     for _, component in models:
-        restore_deep_blocks(component)
+        _restore_classes(component, deep_cache.ORIGINALS)
         swap_attention(component)
         swap_resnets(component)
         swap_transformers(component)
@@ -121,15 +124,14 @@ def restore(pipe: Pipeline) -> Pipeline:
         _restore_classes(encoder)
     for _, component in models:
         restore_attention(component)
-        restore_deep_blocks(component)
         _restore_classes(component)
     return pipe
 
 
-def _restore_classes(component: nn.Module) -> None:
+def _restore_classes(component: nn.Module, originals: Originals = ORIGINALS) -> None:
     for module in component.modules():
-        if type(module) in ORIGINALS:
-            original, attributes = ORIGINALS[type(module)]
+        if type(module) in originals:
+            original, attributes = originals[type(module)]
             module.__class__ = original
             for name in attributes:
                 module.__dict__.pop(name, None)

@@ -23,11 +23,7 @@ def fold_quantized_weights(model: Any) -> int:
 
     graph = model.graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    constants = {
-        node.output[0]: node.attribute[0].t
-        for node in graph.node
-        if node.op_type == "Constant" and node.attribute[0].name == "value"
-    }
+    constants = _constants(graph)
     folded: dict[str, Any] = {}
     kept = []
     for node in graph.node:
@@ -62,7 +58,7 @@ def narrow_weights(model: Any) -> int:
 
     graph = model.graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    constants = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    constants = _constants(graph)
     narrowed = 0
     for node in graph.node:
         weight = initializers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
@@ -85,9 +81,7 @@ def type_scales(model: Any, dtype: torch.dtype) -> None:
         node.input[1] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")
     }  # fmt: skip
     protos = [tensor for tensor in model.graph.initializer if tensor.name in names]
-    protos += [
-        node.attribute[0].t for node in model.graph.node if node.op_type == "Constant" and node.output[0] in names
-    ]
+    protos += [proto for name, proto in _constants(model.graph).items() if name in names]
     for proto in protos:
         scale = _tensor(proto).to(dtype).clamp(min=torch.finfo(dtype).smallest_normal)
         proto.CopyFrom(_proto(proto.name, scale, onnx_type(dtype)))
@@ -96,6 +90,15 @@ def type_scales(model: Any, dtype: torch.dtype) -> None:
     for value in [*model.graph.output, *model.graph.value_info]:
         if value.name in scaled:
             value.type.tensor_type.elem_type = onnx_type(dtype)
+
+
+def _constants(graph: Any) -> dict[str, Any]:
+    """The tensors of Constant nodes, by the name of their output."""
+    return {
+        node.output[0]: node.attribute[0].t
+        for node in graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
 
 
 def _codes(weight: Tensor, scale: Tensor, axis: int, integers: bool) -> Tensor:

@@ -27,7 +27,6 @@ from catimage_accel.training.config import PRECISIONS
 from catimage_accel.training.record import RECORD_FILE
 
 RESULT = "unet"
-CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -162,9 +161,10 @@ class Run:
         partial, final = self.folder / f".{name}.{os.getpid()}", self.folder / name
         model.half().save_pretrained(partial)
         model.float()
-        config = read_config(partial / CONFIG_FILE)
+        described = partial / "config.json"
+        config = read_config(described)
         config.pop("_name_or_path", None)  # diffusers keeps where the run loaded its start from: a path of this machine
-        write_atomic(partial / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        write_atomic(described, (json.dumps(config, indent=2) + "\n").encode())
         write_atomic(self.folder / RECORD_FILE, (json.dumps(facts, indent=2) + "\n").encode())
         if final.exists():
             shutil.rmtree(final)
