@@ -113,7 +113,7 @@ class DiffusersLoop:
             pipe.scheduler = SCHEDULERS[c.sampler].from_config(pipe.scheduler.config)
             image = pipe(
                 prompts[index], num_inference_steps=c.steps, guidance_scale=c.guidance_scale,
-                generator=torch.Generator().manual_seed(index),
+                guidance_rescale=c.guidance_rescale, generator=torch.Generator().manual_seed(index),
             ).images[0]  # fmt: skip
             images[index] = np.asarray(image)
         return [images[index] for index in range(len(prompts))]

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 BUILT_IN = "emoji"
 CATALOG_FILE, COSTS_FILE, QUALITY_FILE = "catalog.toml", "costs.json", "quality.parquet"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_OWN_VAE = ("vae", OWN_VAE)  # is not written, so that older versions read a catalog that names no other
+# Are not written, so that older versions read a catalog that has no others.
+_DEFAULTS = {"vae": OWN_VAE, "guidance_rescale": 0.0}
 _HUB_FILES = ["*.json", "*.txt", "*.toml", "*.safetensors", "*.parquet", "*.model"]
 
 
@@ -231,7 +232,7 @@ class Catalog:
         header = {key: getattr(copy, key) for key in ("name", "metric", "judge", "tradeoff", "cost", "cost_device")}
         header = {key: value for key, value in header.items() if value not in (None, "gflop")}
         entries = [
-            {key: value for key, value in asdict(one).items() if value not in ({}, None) and (key, value) != _OWN_VAE}
+            {key: value for key, value in asdict(one).items() if value not in ({}, None, _DEFAULTS.get(key))}
             for one in copy.candidates
         ]
         write_atomic(folder / CATALOG_FILE, tomli_w.dumps({**header, "candidate": entries}).encode())

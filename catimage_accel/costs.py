@@ -17,16 +17,23 @@ COST_NAMES: Mapping[CostUnit, str] = {"gflop": "GFLOP", "milliseconds": "ms"}
 
 # Compiles anew in every process, for half a minute and more: never chosen unasked.
 BY_REQUEST = ("compiled",)
+_THREADS = " threads"
 
 
 def ranked_engines(milliseconds: Milliseconds, device: str, candidates: Sequence[str]) -> tuple[str, ...]:
     """The engines measured on ``device`` for ``candidates``, which share their weights, fastest first.
 
     By the geometric mean over all pairs of candidate and batch size that every one of these engines has. A processor
-    that was never measured goes by another that was, of any number of threads. Those of ``BY_REQUEST`` are left out.
-    Empty where nothing was measured.
+    where none of the candidates was measured goes by another where they were, one with the same vectors if there is
+    any. Those of ``BY_REQUEST`` are left out. Empty where nothing was measured.
     """
-    engines = _automatic(milliseconds.get(device) or _like(milliseconds, device))
+    for measured in (milliseconds.get(device, {}), *_like(milliseconds, device)):
+        if ranked := _ranked(_automatic(measured), candidates):
+            return ranked
+    return ()
+
+
+def _ranked(engines: EngineTimes, candidates: Sequence[str]) -> tuple[str, ...]:
     times = {
         engine: {
             (name, batch): value for name in candidates for batch, value in found.get(name, {}).items()
@@ -64,8 +71,17 @@ def _automatic(engines: EngineTimes) -> EngineTimes:
     return {name: times for name, times in engines.items() if name not in BY_REQUEST}
 
 
-def _like(milliseconds: Milliseconds, device: str) -> EngineTimes:
-    """What the first processor has, if ``device`` is one too: engines keep their order better than their times."""
-    if not device.endswith(" threads"):
-        return {}
-    return next((engines for name, engines in milliseconds.items() if name.endswith(" threads")), {})
+def _like(milliseconds: Milliseconds, device: str) -> list[EngineTimes]:
+    """What other processors have, if ``device`` is one: engines keep their order better than their times.
+
+    Those of the same name and vectors ("AMD EPYC (AVX2), 8 threads") come first, then those of the same vectors.
+    """
+    if not device.endswith(_THREADS):
+        return []
+    others = [name for name in milliseconds if name.endswith(_THREADS) and name != device]
+
+    def unlike(name: str) -> tuple[bool, bool]:
+        here, there = (one.rpartition(", ")[0] for one in (device, name))
+        return here != there, here.rpartition(" (")[2] != there.rpartition(" (")[2]
+
+    return [milliseconds[name] for name in sorted(others, key=unlike)]

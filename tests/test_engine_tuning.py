@@ -27,6 +27,8 @@ TIMES: Milliseconds = {
         "openvino": {"a": {"1": 6.0, "4": 3.0}},
         "compiled": {"a": {"1": 1.0, "4": 1.0}},  # the fastest, but not chosen unasked
     },
+    "Other CPU (AVX2), 4 threads": {"eager": {"a": {"1": 3.0}}, "onnxruntime": {"a": {"1": 4.0}}},
+    "Other CPU (AVX512), 4 threads": {"onnxruntime": {"a": {"1": 3.0}}, "openvino": {"a": {"1": 4.0}}},
     "NVIDIA H100": {"tensorrt": {"a": {"1": 0.5}}},
 }
 
@@ -37,6 +39,9 @@ TIMES: Milliseconds = {
         pytest.param("Big CPU, 8 threads", ["a"], ("openvino", "onnxruntime", "eager"), id="by-the-mean-over-batches"),
         pytest.param("Big CPU, 8 threads", ["b"], ("onnxruntime", "eager"), id="what-was-not-measured-is-left-out"),
         pytest.param("Small CPU, 2 threads", ["a"], ("openvino", "onnxruntime", "eager"), id="another-processor"),
+        pytest.param("Small CPU (AVX512), 2 threads", ["a"], ("onnxruntime", "openvino"), id="one-of-its-vectors"),
+        pytest.param("Other CPU (AVX512), 8 threads", ["a"], ("onnxruntime", "openvino"), id="its-other-threads"),
+        pytest.param("Other CPU (AVX2), 4 threads", ["b"], ("onnxruntime", "eager"), id="another-has-the-candidate"),
         pytest.param("NVIDIA H100", ["a"], ("tensorrt",), id="a-gpu-by-its-own-times"),
         pytest.param("NVIDIA A100", ["a"], (), id="another-gpu-says-nothing"),
         pytest.param("Big CPU, 8 threads", ["c"], (), id="an-unmeasured-candidate"),

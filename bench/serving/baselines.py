@@ -89,7 +89,7 @@ class OneAtATime(_Queue):
 def _drawn(pipe: StableDiffusionPipeline, candidate: Candidate, draw: Draw) -> np.ndarray:
     image = pipe(
         draw.prompt, num_inference_steps=candidate.steps, guidance_scale=candidate.guidance_scale,
-        generator=torch.Generator().manual_seed(draw.seed),
+        guidance_rescale=candidate.guidance_rescale, generator=torch.Generator().manual_seed(draw.seed),
     ).images[0]  # fmt: skip
     return np.asarray(image)
 

@@ -26,8 +26,8 @@ def list_candidates(
     rows: list[dict[str, Any]] = [
         {
             "name": candidate.name, "model": candidate.model, "unet": candidate.unet, "vae": candidate.vae,
-            "steps": candidate.steps,
-            "sampler": candidate.sampler, "guidance_scale": candidate.guidance_scale, "engine": candidate.engine,
+            "steps": candidate.steps, "sampler": candidate.sampler, "guidance_scale": candidate.guidance_scale,
+            "guidance_rescale": candidate.guidance_rescale, "engine": candidate.engine,
             "precision": candidate.precision, "options": dict(candidate.options),
             "gflop": loaded.flops[candidate.name] / 1e9 if candidate.name in loaded.flops else None,
             "quality": qualities.get(candidate.name),

@@ -32,6 +32,7 @@ class Slot:
     sample: Tensor
     guidance_scale: float
     deepcache_interval: int = 1
+    guidance_rescale: float = 0.0
     step: int = 0
     history: Tensor | None = None
     deep: Tensor | None = None
@@ -76,6 +77,8 @@ class Batch:
         # Without guidance a scale of 1 gives `uncond + (cond - uncond)` with uncond = cond, which is exact.
         scales = [slot.guidance_scale if slot.guided else 1.0 for slot in self.slots]
         self._guidance = torch.tensor(scales, device=engine.device)
+        rescales = [slot.guidance_rescale if slot.guided else 0.0 for slot in self.slots]
+        self._rescale: float | Tensor = torch.tensor(rescales, device=engine.device) if any(rescales) else 0.0
         with torch.inference_mode():
             self.sample = torch.stack([slot.sample for slot in self.slots])
             zeros = torch.zeros_like(self.sample[0])
@@ -104,6 +107,7 @@ class Batch:
         self.sample, self.history = guided_step(
             self.sample, cond, uncond if guided else None, self._coefficients[done],
             self.history if self._uses_history else None, guidance_scale=self._guidance,
+            guidance_rescale=self._rescale,
         )  # fmt: skip
         self._done += 1
         for slot in self.slots:

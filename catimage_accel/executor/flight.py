@@ -195,8 +195,9 @@ class Flight:
             candidate = entry.job.candidate
             interval = candidate.options.get("deepcache_interval", 1)
             slot = Slot(
-                entry.job, entry.table, text, entry.sample, candidate.guidance_scale, interval, started=entry.started
-            )
+                entry.job, entry.table, text, entry.sample, candidate.guidance_scale, interval,
+                candidate.guidance_rescale, started=entry.started,
+            )  # fmt: skip
             self._groups[id(entry.engine), entry.sample.shape].waiting.append(slot)
 
     def _advance(self, group: _Group, *, step: bool) -> None:

@@ -158,7 +158,8 @@ def _add_models(app: FastAPI, service: Service, sizes: SizeLimits) -> None:
         )  # fmt: skip
         data = [ModelFields(id=catalog.name, created=created, catalog=whole)]
         for one in catalog.candidates:
-            told = {key: getattr(one, key) for key in ("steps", "sampler", "guidance_scale", "engine", "precision")}
+            names = ("steps", "sampler", "guidance_scale", "guidance_rescale", "engine", "precision")
+            told = {key: getattr(one, key) for key in names}
             usable = one.name not in service.backend.unusable
             told |= {"cost": routes.costs[one.name], "usable": usable}
             data.append(ModelFields(id=one.name, created=created, candidate=told))

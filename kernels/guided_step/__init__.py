@@ -19,7 +19,7 @@ def guided_step(
     history: Tensor | None = None,
     *,
     guidance_scale: float | Tensor,
-    guidance_rescale: float = 0.0,
+    guidance_rescale: float | Tensor = 0.0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One denoising step of N images, each with its own row of sampler coefficients.
@@ -42,7 +42,7 @@ def guided_step(
         coefficients: (N, 5) float32, each row ``[s, e, h, p, q]``.
         history: The previous step's ``denoised``, shape and dtype of ``sample``; ``None`` means zeros.
         guidance_scale: One finite number, or an (N,) tensor.
-        guidance_rescale: 0 (off) to 1.
+        guidance_rescale: 0 (off) to 1, or an (N,) tensor of such numbers (not looked into).
         impl: "reference", "triton" or ``None``, the best available. Where a gradient is needed the reference runs.
 
     Returns:

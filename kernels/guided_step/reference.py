@@ -14,7 +14,7 @@ def guided_step(
     history: Tensor | None = None,
     *,
     guidance_scale: float | Tensor,
-    guidance_rescale: float = 0.0,
+    guidance_rescale: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`catimage_accel.kernels.guided_step`; computes in float32 (float64 for a float64 sample)."""
     dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -26,14 +26,20 @@ def guided_step(
             guidance_scale = guidance_scale.to(dtype).reshape(-1, 1, 1, 1)
         uncond = noise_uncond.to(dtype)
         eps = uncond + guidance_scale * (cond - uncond)
-        if guidance_rescale != 0.0:
-            ratio = _row_std(cond) / _row_std(eps)
-            eps = eps * (1.0 + guidance_rescale * (ratio - 1.0))
+        if isinstance(guidance_rescale, Tensor):
+            rescale = guidance_rescale.to(dtype).reshape(-1, 1, 1, 1)
+            eps = torch.where(rescale == 0, eps, _rescaled(eps, cond, rescale))
+        elif guidance_rescale != 0.0:
+            eps = _rescaled(eps, cond, guidance_rescale)
     denoised = p * x + q * eps
     next_sample = s * x + e * eps
     if history is not None:
         next_sample = next_sample + h * history.to(dtype)
     return next_sample.to(sample.dtype), denoised.to(sample.dtype)
+
+
+def _rescaled(eps: Tensor, cond: Tensor, rescale: float | Tensor) -> Tensor:
+    return eps * (1.0 + rescale * (_row_std(cond) / _row_std(eps) - 1.0))
 
 
 def _row_std(x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def step_kernel(
     partials_ptr,  # (4, rows * blocks) float32, read if RESCALED
     next_ptr,  # (rows, size)
     denoised_ptr,  # (rows, size)
-    rescale,
+    rescale_ptr,  # (rows,) float32, read if RESCALED
     size,
     blocks,
     GUIDED: tl.constexpr,
@@ -96,7 +96,10 @@ def step_kernel(
         eps_squares = sum_of_squares(
             partials_ptr + 2 * plane, partials_ptr + 3 * plane, first, size, blocks, BLOCK, LANES
         )
-        eps = eps * (1.0 + rescale * (tl.sqrt(cond_squares / eps_squares) - 1.0))
+        rescale = tl.load(rescale_ptr + row)
+        ratio = tl.sqrt(cond_squares / eps_squares)
+        # A row that is not rescaled takes no harm from the NaN of a guided output without variance.
+        eps = tl.where(rescale == 0.0, eps, eps * (1.0 + rescale * (ratio - 1.0)))
 
     row_coefficients = coefficients_ptr + row * 5
     next_sample = tl.load(row_coefficients) * sample + tl.load(row_coefficients + 1) * eps
@@ -115,9 +118,9 @@ def guided_step_op(
     coefficients: Tensor,
     history: Tensor | None,
     guidance: Tensor | None,
-    guidance_rescale: float,
+    rescale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``guidance`` is (N,) float32, and ``None`` exactly where ``noise_uncond`` is."""
+    """``guidance`` and ``rescale`` are (N,) float32; ``guidance`` is ``None`` exactly where ``noise_uncond`` is."""
     layout = _layout(sample)
     sample, noise_cond = sample.contiguous(memory_format=layout), noise_cond.contiguous(memory_format=layout)
     next_sample, denoised = torch.empty_like(sample), torch.empty_like(sample)
@@ -129,9 +132,10 @@ def guided_step_op(
     guidance = coefficients if guidance is None else guidance.contiguous()
     coefficients = coefficients.contiguous()
     blocks = triton.cdiv(size, BLOCK)
-    rescaled = guided and guidance_rescale != 0.0
-    partials = coefficients
-    if rescaled:
+    partials = factors = coefficients
+    rescaled = guided and rescale is not None
+    if guided and rescale is not None:
+        factors = rescale.contiguous()
         partials = torch.empty((4, rows * blocks), dtype=torch.float32, device=sample.device)
         wrap_triton(moments_kernel)[(rows * blocks,)](
             noise_cond, uncond, guidance, partials, size, blocks, BLOCK=BLOCK, num_warps=4
@@ -139,7 +143,7 @@ def guided_step_op(
     wrap_triton(step_kernel)[(rows * blocks,)](
         sample, noise_cond, uncond, coefficients,
         sample if history is None else history.contiguous(memory_format=layout),
-        guidance, partials, next_sample, denoised, guidance_rescale, size, blocks,
+        guidance, partials, next_sample, denoised, factors, size, blocks,
         GUIDED=guided, RESCALED=rescaled, HAS_HISTORY=history is not None,
         BLOCK=BLOCK, LANES=triton.next_power_of_2(blocks), num_warps=4,
     )  # fmt: skip
@@ -153,7 +157,7 @@ def _fake(
     coefficients: Tensor,
     history: Tensor | None,
     guidance: Tensor | None,
-    guidance_rescale: float,
+    rescale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     sample = sample.contiguous(memory_format=_layout(sample))
     return torch.empty_like(sample), torch.empty_like(sample)
@@ -176,16 +180,20 @@ def guided_step(
     history: Tensor | None,
     *,
     guidance_scale: float | Tensor,
-    guidance_rescale: float,
+    guidance_rescale: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`catimage_accel.kernels.guided_step`; arguments are validated already."""
-    guidance = None
+    guidance = rescale = None
     if noise_uncond is not None:
-        if isinstance(guidance_scale, Tensor):
-            guidance = guidance_scale.float()
-        else:
-            guidance = torch.full((sample.shape[0],), guidance_scale, dtype=torch.float32, device=sample.device)
-    next_sample, denoised = _op(
-        sample, noise_cond, noise_uncond, coefficients, history, guidance, float(guidance_rescale)
-    )
+        guidance = _by_row(guidance_scale, sample)
+        if isinstance(guidance_rescale, Tensor) or guidance_rescale != 0.0:
+            rescale = _by_row(guidance_rescale, sample)
+    next_sample, denoised = _op(sample, noise_cond, noise_uncond, coefficients, history, guidance, rescale)
     return next_sample, denoised
+
+
+def _by_row(value: float | Tensor, sample: Tensor) -> Tensor:
+    """float32 (N,)"""
+    if isinstance(value, Tensor):
+        return value.float()
+    return torch.full((sample.shape[0],), value, dtype=torch.float32, device=sample.device)

@@ -17,7 +17,7 @@ def validate(
     coefficients: Tensor,
     history: Tensor | None,
     guidance_scale: float | Tensor,
-    guidance_rescale: float,
+    guidance_rescale: float | Tensor,
 ) -> None:
     """Raises ValueError naming the first argument that is off, its value and what is accepted."""
     if sample.ndim != 4 or not sample.is_floating_point():
@@ -46,14 +46,16 @@ def validate(
         )
     check_same_device("sample", sample, coefficients=coefficients)
 
-    if isinstance(guidance_scale, Tensor):
-        if guidance_scale.shape != (rows,) or not guidance_scale.is_floating_point():
+    for name, value in (("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale)):
+        if not isinstance(value, Tensor):
+            continue
+        if value.shape != (rows,) or not value.is_floating_point():
             raise ValueError(
-                f"guidance_scale has shape {tuple(guidance_scale.shape)} and dtype {guidance_scale.dtype}; "
+                f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; "
                 f"accepted: a number or a floating-point tensor of shape {(rows,)}"
             )
-        check_same_device("sample", sample, guidance_scale=guidance_scale)
-    elif not math.isfinite(guidance_scale):
+        check_same_device("sample", sample, **{name: value})
+    if not isinstance(guidance_scale, Tensor) and not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale is {guidance_scale}; accepted: a finite number or one per row")
-    if not 0.0 <= guidance_rescale <= 1.0:
-        raise ValueError(f"guidance_rescale is {guidance_rescale}; accepted: 0 to 1")
+    if not isinstance(guidance_rescale, Tensor) and not 0.0 <= guidance_rescale <= 1.0:
+        raise ValueError(f"guidance_rescale is {guidance_rescale}; accepted: 0 to 1, or one such number per row")

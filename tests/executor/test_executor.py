@@ -66,8 +66,8 @@ def with_diffusers(pipe: StableDiffusionPipeline, one: Job, output_type: str = "
     c = one.candidate
     pipe.scheduler = SCHEDULERS[c.sampler].from_config(pipe.scheduler.config)
     return pipe(
-        one.prompt, num_inference_steps=c.steps, guidance_scale=c.guidance_scale, output_type=output_type,
-        generator=torch.Generator().manual_seed(one.key),
+        one.prompt, num_inference_steps=c.steps, guidance_scale=c.guidance_scale, guidance_rescale=c.guidance_rescale,
+        output_type=output_type, generator=torch.Generator().manual_seed(one.key),
     ).images[0]  # fmt: skip
 
 
@@ -91,6 +91,19 @@ def test_latents_alone(
 ) -> None:
     [outcome] = finished(executor, [job(candidate(tiny_sd_folder, sampler, steps, guidance), PROMPTS[1], 5)])
     assert_as_diffusers(pipe, outcome)
+
+
+@pytest.mark.parametrize("sampler", sorted(SCHEDULERS))
+def test_rescaled_guidance_in_one_batch_with_others(
+    executor: Executor, pipe: StableDiffusionPipeline, tiny_sd_folder: Path, sampler: str
+) -> None:
+    mix = [(7.5, 0.7), (7.5, 0.0), (3.0, 1.0), (1.0, 0.7)]  # a scale of 1 is no guidance, and nothing to rescale
+    jobs = [
+        job(candidate(tiny_sd_folder, sampler, 4, guidance, guidance_rescale=rescale), PROMPTS[0], index)
+        for index, (guidance, rescale) in enumerate(mix)
+    ]
+    for outcome in finished(executor, jobs):
+        assert_as_diffusers(pipe, outcome)
 
 
 def mixed_jobs(folder: Path) -> list[Job]:

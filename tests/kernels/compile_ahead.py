@@ -107,7 +107,7 @@ def guided_step_cases() -> Iterator[Case]:
     module = import_module("catimage_accel.kernels.guided_step.triton")
     noise = {"cond_ptr": "*fp16", "uncond_ptr": "*fp16", "guidance_ptr": "*fp32", "partials_ptr": "*fp32"}
     latents = dict.fromkeys(("sample_ptr", "history_ptr", "next_ptr", "denoised_ptr", "coefficients_ptr"), "*fp32")
-    types = noise | latents | {"rescale": "fp32"}
+    types = noise | latents | {"rescale_ptr": "*fp32"}
     flags = {"GUIDED": True, "RESCALED": True, "HAS_HISTORY": True}
     yield "guided_step moments", module.moments_kernel, types, {"BLOCK": module.BLOCK, "num_warps": 4}
     yield "guided_step step", module.step_kernel, types, {"BLOCK": module.BLOCK, "LANES": 64, "num_warps": 4, **flags}

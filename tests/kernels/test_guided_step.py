@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 def formula(
     sample: Tensor, cond: Tensor, uncond: Tensor | None, coefficients: Tensor, history: Tensor | None,
-    guidance_scale: float | Tensor, guidance_rescale: float,
+    guidance_scale: float | Tensor, guidance_rescale: float | Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Image by image, in the words of the docstring."""
     results = []
@@ -27,8 +27,9 @@ def formula(
         if uncond is not None:
             g = guidance_scale[n].double() if isinstance(guidance_scale, Tensor) else guidance_scale
             guided = uncond[n].double() + g * (eps - uncond[n].double())
-            rescaled = guided * eps.std() / guided.std() if guidance_rescale else guided
-            eps = guidance_rescale * rescaled + (1 - guidance_rescale) * guided
+            r = guidance_rescale[n].double() if isinstance(guidance_rescale, Tensor) else guidance_rescale
+            rescaled = guided * eps.std() / guided.std() if r else guided
+            eps = r * rescaled + (1 - r) * guided
         past = 0 if history is None else h * history[n].double()
         results.append((s * x + e * eps + past, p * x + q * eps))
     stacked = [torch.stack(column) for column in zip(*results, strict=True)] if results else [sample.double()] * 2
@@ -92,6 +93,7 @@ def test_accuracy(
         pytest.param({"guidance_scale": 1}, id="an int scale that changes nothing"),
         pytest.param({"guidance_rescale": 0.0}, id="no rescale"),
         pytest.param({"guidance_rescale": 1}, id="full rescale"),
+        pytest.param({"guidance_rescale": torch.tensor([0.0, 0.7])}, id="a rescale for each, none for one"),
         pytest.param({"history": None}, id="first step"),
         pytest.param({"history": None, "noise_uncond": None}, id="first step without guidance"),
     ],
@@ -127,6 +129,17 @@ def test_an_image_does_not_depend_on_its_batch(impl: str) -> None:
         torch.testing.assert_close(together[1:2], single, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_a_flat_guided_output_is_not_poisoned_by_the_rescale_of_another(impl: str) -> None:
+    """Its standard deviation is 0, by which only a row that is rescaled is divided."""
+    arguments = inputs((2, 4, 8, 8)) | {"guidance_rescale": torch.tensor([0.0, 0.7])}
+    for name in ("noise_cond", "noise_uncond"):
+        arguments[name][0] = 0.0
+    next_sample, denoised = guided_step(**arguments, impl=impl)
+    assert next_sample.isfinite().all()
+    assert denoised.isfinite().all()
+
+
 def test_poison_stays_in_its_image() -> None:
     arguments = inputs((2, 4, 24, 17))
     arguments["noise_cond"][1, 2, 3, 4] = float("nan")
@@ -158,9 +171,10 @@ def test_layouts(view: Any) -> None:
 def test_opcheck() -> None:
     guided_step(**inputs((2, 4, 8, 8)), impl="triton")
     op = torch.ops.catimage_accel.guided_step.default
-    sample, cond, uncond, coefficients, history, guidance, rescale = inputs((2, 4, 8, 8)).values()
+    sample, cond, uncond, coefficients, history, guidance, _ = inputs((2, 4, 8, 8)).values()
+    rescale = torch.tensor([0.0, 0.7])
     torch.library.opcheck(op, (sample, cond, uncond, coefficients, history, guidance, rescale))
-    torch.library.opcheck(op, (sample.transpose(2, 3), cond, None, coefficients, None, None, 0.0))
+    torch.library.opcheck(op, (sample.transpose(2, 3), cond, None, coefficients, None, None, None))
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -186,6 +200,8 @@ def test_compiles_whole(impl: str) -> None:
         ({"guidance_scale": float("inf")}, r"guidance_scale is inf; accepted: a finite number"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale is 1.5; accepted: 0 to 1"),
         ({"guidance_rescale": float("nan")}, r"guidance_rescale is nan"),
+        ({"guidance_rescale": torch.ones(2, 1)}, r"guidance_rescale has shape \(2, 1\) .*accepted: a number or"),
+        ({"guidance_rescale": torch.ones(2).int()}, r"guidance_rescale has .* dtype torch.int32"),
         ({"impl": 3}, r"impl is 3; accepted: 'reference', 'triton' or None"),
     ],
 )
