@@ -52,7 +52,7 @@ class Judged:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--catalog", default="emoji")
-    parser.add_argument("--candidate", action="append", help="NAME, NAME@STEPS or NAME@STEPS:GUIDANCE")
+    parser.add_argument("--candidate", action="append", help="NAME, or NAME@STEPS[:GUIDANCE[:RESCALE]]")
     parser.add_argument("--engine", help="instead of the one that is the fastest here")
     parser.add_argument("--number", type=int, default=2000, help="captions")
     parser.add_argument("--start", type=int, default=HEADLINE_CAPTIONS, help="the first of them")
@@ -92,16 +92,16 @@ def main() -> None:
 
 
 def named(catalog: Catalog, name: str) -> Candidate:
-    """A candidate of the catalog; "NAME@STEPS:GUIDANCE" is NAME at other steps and (if given) another guidance."""
+    """A candidate of the catalog; "NAME@STEPS:GUIDANCE:RESCALE" is NAME at others, as far as they are given."""
     known, _, other = name.partition("@")
     candidate = catalog.candidate(known)
     if not other:
         return candidate
-    steps, _, scale = other.partition(":")
-    return replace(
-        candidate, name=name.replace("@", "-at-").replace(":", "-guided-"), steps=int(steps),
-        guidance_scale=float(scale) if scale else candidate.guidance_scale,
-    )  # fmt: skip
+    keys = ("steps", "guidance_scale", "guidance_rescale")
+    kinds = (int, float, float)
+    values = {key: kind(text) for key, kind, text in zip(keys, kinds, other.split(":"), strict=False)}
+    label = name.replace("@", "-at-").replace(":", "-guided-", 1).replace(":", "-rescaled-")
+    return replace(candidate, name=label, **values)
 
 
 def compare(judged: dict[str, Judged], references: np.ndarray) -> list[dict[str, Any]]:

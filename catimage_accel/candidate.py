@@ -12,6 +12,8 @@ from catimage_accel.storage import Strict, validated
 
 QUANTIZED_PRECISIONS = ("int8", "fp8")
 OWN_VAE = "vae"  # the subfolder of a model folder's own VAE
+LATER_FIELDS = {"vae": OWN_VAE, "guidance_rescale": 0.0}
+"""Fields that came with later versions, at what older ones did: files leave them out there, so that those read them."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80)]
 _Part = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tomli_w
 from pydantic import Field
 
-from catimage_accel.candidate import OWN_VAE, Candidate, CandidateFields, Name
+from catimage_accel.candidate import LATER_FIELDS, OWN_VAE, Candidate, CandidateFields, Name
 from catimage_accel.costs import COST_NAMES, CostUnit, Milliseconds, ranked_engines
 from catimage_accel.storage import (
     Strict,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 BUILT_IN = "emoji"
 CATALOG_FILE, COSTS_FILE, QUALITY_FILE = "catalog.toml", "costs.json", "quality.parquet"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Are not written, so that older versions read a catalog that has no others.
-_DEFAULTS = {"vae": OWN_VAE, "guidance_rescale": 0.0}
 _HUB_FILES = ["*.json", "*.txt", "*.toml", "*.safetensors", "*.parquet", "*.model"]
 
 
@@ -232,7 +230,7 @@ class Catalog:
         header = {key: getattr(copy, key) for key in ("name", "metric", "judge", "tradeoff", "cost", "cost_device")}
         header = {key: value for key, value in header.items() if value not in (None, "gflop")}
         entries = [
-            {key: value for key, value in asdict(one).items() if value not in ({}, None, _DEFAULTS.get(key))}
+            {key: value for key, value in asdict(one).items() if value not in ({}, None, LATER_FIELDS.get(key))}
             for one in copy.candidates
         ]
         write_atomic(folder / CATALOG_FILE, tomli_w.dumps({**header, "candidate": entries}).encode())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from catimage_accel.candidate import OWN_VAE
+from catimage_accel.candidate import LATER_FIELDS
 from catimage_accel.catalog import QUALITY_FILE, Candidate, Catalog
 from catimage_accel.executor import Executor, Job
 from catimage_accel.profiling import profiled_device
@@ -255,5 +255,8 @@ def _definition(catalog: Catalog, candidate: Candidate) -> dict[str, Any]:
 
 def _drawing(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What of a candidate's fields the picture depends on: an engine changes it by no more than rounding."""
-    left_out = {"name", "engine"} | ({"vae"} if fields.get("vae") == OWN_VAE else set())  # older files do not name it
-    return {key: value for key, value in fields.items() if key not in left_out and value is not None}
+    return {
+        key: value
+        for key, value in fields.items()
+        if key not in ("name", "engine") and value not in (None, LATER_FIELDS.get(key))
+    }

@@ -185,13 +185,21 @@ def test_scores_of_a_changed_candidate_are_drawn_again(bare: Path) -> None:
     assert changed == {"dear-4"}
 
 
-def test_scores_by_another_decoder_are_drawn_again_and_those_of_older_files_kept(bare: Path) -> None:
+@pytest.mark.parametrize(
+    "field",
+    [
+        pytest.param('vae = "vae_small"', id="another-decoder"),
+        pytest.param("guidance_rescale = 0.7", id="rescaled-guidance"),
+    ],
+)
+def test_scores_with_a_later_field_are_drawn_again_and_those_of_older_files_kept(bare: Path, field: str) -> None:
     scored(bare, Brightness())
     definitions = json.loads(pyarrow.parquet.read_schema(bare / "quality.parquet").metadata[b"candidates"])
-    assert not any("vae" in fields for fields in definitions.values()), "as in files written before there was a choice"
+    name = field.split(" ")[0]
+    assert not any(name in fields for fields in definitions.values()), "as in files written before there was a choice"
     path = bare / "catalog.toml"
     shutil.copytree(bare / "model" / "vae", bare / "model" / "vae_small")
-    path.write_text(path.read_text().replace("steps = 4", 'steps = 4\nvae = "vae_small"'))
+    path.write_text(path.read_text().replace("steps = 4", f"steps = 4\n{field}"))
     assert scored(bare, Brightness()) == 3
     assert scored(bare, Brightness()) == 0
 
