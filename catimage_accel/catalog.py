@@ -148,11 +148,19 @@ class Catalog:
         return COST_NAMES[self.cost]
 
     def engines_for(self, candidate: Candidate, device: str) -> tuple[str, ...]:
-        """The engines to run ``candidate`` with, best first: its own, or as measured on ``device``."""
+        """The engines to run ``candidate`` with, best first: its own, or as measured on ``device``.
+
+        Measured of the candidates with its weights, or else of those in its precision.
+        """
         if candidate.engine != "auto":
             return (candidate.engine,)
-        alike = [one.name for one in self.candidates if one.weights == candidate.weights]
-        return ranked_engines(self.milliseconds, device, alike) or ("eager",)
+        same_weights = [one.name for one in self.candidates if one.weights == candidate.weights]
+        same_precision = [one.name for one in self.candidates if one.precision == candidate.precision]
+        return (
+            ranked_engines(self.milliseconds, device, same_weights)
+            or ranked_engines(self.milliseconds, device, same_precision)
+            or ("eager",)
+        )
 
     def candidate(self, name: str) -> Candidate:
         """The candidate of that name; ValueError lists the names there are."""

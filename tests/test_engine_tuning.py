@@ -71,6 +71,19 @@ def test_candidates_of_the_same_weights_get_the_same_engine() -> None:
     assert dataclasses.replace(catalog, milliseconds={}).engines_for(candidates[0], "x") == ("eager",)
 
 
+def test_a_candidate_of_weights_never_timed_goes_by_those_of_its_precision() -> None:
+    one = {"steps": 2, "sampler": "ddim", "guidance_scale": 1.0}
+    candidates = (
+        Candidate("a", "m", **one, precision="int8", quantization="q"),  # type: ignore[arg-type]
+        Candidate("b", "m", **one),  # type: ignore[arg-type]
+        Candidate("new", "m", **one, precision="int8", quantization="other"),  # type: ignore[arg-type]
+        Candidate("newest", "m", **one, precision="bf16"),  # type: ignore[arg-type]
+    )
+    catalog = Catalog(Path(), "some", candidates, milliseconds=TIMES)
+    assert catalog.engines_for(candidates[2], "Big CPU, 8 threads") == ("openvino", "onnxruntime", "eager")
+    assert catalog.engines_for(candidates[3], "Big CPU, 8 threads") == ("eager",)
+
+
 def test_costs_are_the_fastest_engines_milliseconds_at_the_largest_batch() -> None:
     one = {"sampler": "ddim", "guidance_scale": 1.0}
     candidates = tuple(Candidate(name, f"model-{name}", 2, **one) for name in "ab")  # type: ignore[arg-type]
