@@ -63,12 +63,16 @@ def list_candidates(
         table.add_row(
             row["name"], *(row[part] for part in parts), row["precision"], row["sampler"],
             " ".join(f"{key}={value}" for key, value in row["options"].items()),
-            str(row["steps"]), f"{row['guidance_scale']:g}",
+            str(row["steps"]), _guidance(row["guidance_scale"], row["guidance_rescale"]),
             "-" if row["gflop"] is None else f"{row['gflop']:.3g}",
             "-" if row["quality"] is None else f"{row['quality']:.4f}",
             *(_times(row["milliseconds"].get(device, {}), sizes[device]) for device in devices),
         )  # fmt: skip
     results().print(table)
+
+
+def _guidance(scale: float, rescale: float) -> str:
+    return f"{scale:g}, rescaled {rescale:g}" if rescale else f"{scale:g}"
 
 
 def _times(times: dict[str, dict[str, Any]], sizes: list[int]) -> str:

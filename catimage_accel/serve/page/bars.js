@@ -30,7 +30,9 @@ function makeRow({ id, candidate }, unit) {
   price.textContent = `${number(candidate.cost)} ${unit}`;
   element.append(name, track, value, price);
   element.dataset.candidate = id;
-  element.title = `${candidate.steps} steps, ${candidate.sampler}, guidance ${number(candidate.guidance_scale)}`;
+  const rescale = candidate.guidance_rescale > 0 ? `, rescaled by ${number(candidate.guidance_rescale)}` : "";
+  const guidance = `guidance ${number(candidate.guidance_scale)}${rescale}`;
+  element.title = `${candidate.steps} steps, ${candidate.sampler}, ${guidance}`;
   return { element, fill, value };
 }
 
