@@ -21,7 +21,7 @@ PARTS = {"efficient-v/unet": "unet_efficient", "decoder/vae": "vae_small", "stud
 CANDIDATES = (
     Candidate("efficient-ddim-8", MODEL, 8, "ddim", 4.0, "unet_efficient", vae="vae_small"),
     Candidate("teacher-ddim-8", MODEL, 8, "ddim", 4.0, vae="vae_small"),
-    Candidate("student-ddim-8", MODEL, 8, "ddim", 4.5, "unet_student"),
+    Candidate("student-ddim-8", MODEL, 8, "ddim", 4.5, "unet_student", guidance_rescale=0.4),
 )
 
 
