@@ -23,7 +23,8 @@ OPS: dict[str, tuple[Any, ...]] = {
     "geglu": (torch.randn(3, 5, 16),),
     "group_norm": (torch.randn(2, 8, 5, 6), 4, torch.ones(8), torch.zeros(8), 1e-5, True),
     "guided_step": (
-        *torch.randn(3, 2, 4, 8, 8).unbind(), torch.randn(2, 5), torch.randn(2, 4, 8, 8), torch.ones(2), 0.7,
+        *torch.randn(3, 2, 4, 8, 8).unbind(), torch.randn(2, 5), torch.randn(2, 4, 8, 8), torch.ones(2),
+        torch.tensor([0.0, 0.7]),
     ),
     "int8_conv": (
         torch.ones(2, 16, 5, 6, dtype=torch.int8), torch.ones(8, 16, 3, 3, dtype=torch.int8), 0.1, torch.ones(8),
