@@ -32,9 +32,9 @@ class CandidateFields(Strict):
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     unet: _Part = "unet"
     vae: _Part = OWN_VAE
-    engine: Literal["auto", "eager", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "triton"] = (
-        "auto"
-    )
+    engine: Literal[
+        "auto", "eager", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "triton"
+    ] = "auto"
     precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
     quantization: Annotated[str, Field(min_length=1)] | None = None
     options: _Options = _Options()
@@ -47,8 +47,8 @@ class Candidate:
     ``model`` is a diffusers folder, relative to the catalog's folder or absolute, or a hub id; ``unet`` the subfolder
     of it with this candidate's UNet, ``vae`` the one with the VAE that decodes its latents. ``steps`` is 1 to 1000;
     ``guidance_scale`` 0 to 100, and up to 1 means none (one UNet row an image); ``guidance_rescale`` 0 to 1 is
-    diffusers' (arXiv 2305.08891). ``engine`` "auto" is the one measured
-    fastest, "eager" where none was measured. ``precision`` "int8" and "fp8" need ``quantization``, a folder that
+    diffusers' (arXiv 2305.08891). ``engine`` "auto" is the one measured fastest, for its weights or else for its
+    precision, "eager" where none was measured. ``precision`` "int8" and "fp8" need ``quantization``, a folder that
     `catimage quantize` wrote, relative to the catalog's folder or absolute. ``options``: ``deepcache_interval`` (int,
     the UNet's deep features are recomputed every so many steps).
     Any other value raises ValueError.

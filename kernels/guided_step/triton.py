@@ -132,10 +132,10 @@ def guided_step_op(
     guidance = coefficients if guidance is None else guidance.contiguous()
     coefficients = coefficients.contiguous()
     blocks = triton.cdiv(size, BLOCK)
-    partials = factors = coefficients
     rescaled = guided and rescale is not None
-    if guided and rescale is not None:
-        factors = rescale.contiguous()
+    rescale = coefficients if rescale is None else rescale.contiguous()
+    partials = coefficients
+    if rescaled:
         partials = torch.empty((4, rows * blocks), dtype=torch.float32, device=sample.device)
         wrap_triton(moments_kernel)[(rows * blocks,)](
             noise_cond, uncond, guidance, partials, size, blocks, BLOCK=BLOCK, num_warps=4
@@ -143,7 +143,7 @@ def guided_step_op(
     wrap_triton(step_kernel)[(rows * blocks,)](
         sample, noise_cond, uncond, coefficients,
         sample if history is None else history.contiguous(memory_format=layout),
-        guidance, partials, next_sample, denoised, factors, size, blocks,
+        guidance, partials, next_sample, denoised, rescale, size, blocks,
         GUIDED=guided, RESCALED=rescaled, HAS_HISTORY=history is not None,
         BLOCK=BLOCK, LANES=triton.next_power_of_2(blocks), num_warps=4,
     )  # fmt: skip
