@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -51,14 +51,15 @@ def list_candidates(
     numbers = ("steps", "guidance", "GFLOP", loaded.metric)
     parts = ("unet", *(["vae"] if any(row["vae"] != OWN_VAE for row in rows) else []))
     for heading in ("candidate", *parts, "precision", "sampler", "options", *numbers):
-        table.add_column(heading, justify="right" if heading in numbers else "left")
+        side: Literal["left", "right"] = "right" if heading in numbers else "left"
+        table.add_column(heading, justify=side, no_wrap=heading == "candidate", overflow="fold")
     devices = list(dict.fromkeys(device for row in rows for device in row["milliseconds"]))
     sizes = {
         device: sorted({int(size) for row in rows for size in row["milliseconds"].get(device, {})})
         for device in devices
     }  # fmt: skip
     for device in devices:
-        table.add_column(f"{device}: ms a picture\nat batch {' / '.join(map(str, sizes[device]))}")
+        table.add_column(f"{device}: ms a picture\nat batch {' / '.join(map(str, sizes[device]))}", overflow="fold")
     for row in rows:
         table.add_row(
             row["name"], *(row[part] for part in parts), row["precision"], row["sampler"],
