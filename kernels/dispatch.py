@@ -80,6 +80,14 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def wrap_triton(kernel: Any) -> Any:
+    """``torch.library.wrap_triton``, but for interpreted kernels, which torch 2.11 refuses: those launch as they are.
+
+    Its name is that of torch's, which looks for calls to it in the source of a ``triton_op``.
+    """
+    return kernel if TRITON_INTERPRETS else torch.library.wrap_triton(kernel)
+
+
 def register_triton_op(name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Registers ``fn``, which launches wrapped Triton kernels, as ``torch.ops.catimage_accel.<name>``.
 

@@ -9,10 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from catimage_accel.kernels.attention.shape import tuned_shape
-from catimage_accel.kernels.dispatch import register_triton_op
+from catimage_accel.kernels.dispatch import register_triton_op, wrap_triton
 from catimage_accel.kernels.tuning import launch_config
 
 LOG2_E = 1.4426950408889634

@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from catimage_accel.kernels.dispatch import register_triton_op
+from catimage_accel.kernels.dispatch import register_triton_op, wrap_triton
 from catimage_accel.kernels.int8_quantize.triton import round_to_levels
 from catimage_accel.kernels.tuning import launch_config
 

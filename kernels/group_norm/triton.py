@@ -15,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from catimage_accel.kernels.dispatch import register_triton_op
+from catimage_accel.kernels.dispatch import register_triton_op, wrap_triton
 from catimage_accel.kernels.group_norm.layout import is_dense, tuned_shape
 from catimage_accel.kernels.group_norm.triton_moments import combine_kernel, moments_nchw_kernel, moments_nhwc_kernel
 from catimage_accel.kernels.int8_quantize.triton import round_to_levels

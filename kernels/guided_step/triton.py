@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from catimage_accel.kernels.dispatch import register_triton_op
+from catimage_accel.kernels.dispatch import register_triton_op, wrap_triton
 
 BLOCK = 1024
 

@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from catimage_accel.kernels.dispatch import register_triton_op
+from catimage_accel.kernels.dispatch import register_triton_op, wrap_triton
 from catimage_accel.kernels.int8_conv.shape import out_shape, tuned_shape
 from catimage_accel.kernels.int8_linear.epilogue import store_result, tile_of
 from catimage_accel.kernels.tuning import launch_config

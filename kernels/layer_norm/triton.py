@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from catimage_accel.kernels.dispatch import register_triton_op
+from catimage_accel.kernels.dispatch import register_triton_op, wrap_triton
 from catimage_accel.kernels.int8_quantize.triton import round_to_levels
 from catimage_accel.kernels.tuning import launch_config
 
@@ -136,9 +135,7 @@ _op = register_triton_op("layer_norm", layer_norm_op, _fake)
 _add_op = register_triton_op("add_layer_norm", add_layer_norm_op, _fake_add)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, output_scale: float | None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, output_scale: float | None) -> Tensor:
     """See :func:`catimage_accel.kernels.layer_norm`; arguments are validated already."""
     y: Tensor = _op(x, weight, bias, float(eps), None if output_scale is None else float(output_scale))
     return y
