@@ -27,11 +27,11 @@ map_package()
 
 import torch  # noqa: E402
 from families import FAMILIES, Family  # noqa: E402
-from interleaved import interleave, warm_up  # noqa: E402
+from interleaved import interleave, warm_up_in_portions  # noqa: E402
 from measure import the_device  # noqa: E402
-from reporting import SMALL, about, add_common_options, print_table, result_file, save  # noqa: E402
+from reporting import SMALL, about, add_common_options, keep, print_table, result_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from variants import COMPILED, EAGER, ratio_cells, ratios  # noqa: E402
+from variants import COMPILED, EAGER, is_compiled, outcome, ratio_cells  # noqa: E402
 
 from catimage_accel.engines.int8.swap import swap_layers  # noqa: E402
 from catimage_accel.quantize.layers import quantizable_layers  # noqa: E402
@@ -62,8 +62,8 @@ def scales_of_one_call(unet: nn.Module, call: Callable[[], Any]) -> Quantization
 
 
 @torch.no_grad()
-def measure(family: Family, rows: int, args: argparse.Namespace, until: float) -> Iterator[dict[str, Any]]:
-    """A row a variant."""
+def measure(family: Family, rows: int, args: argparse.Namespace, until: float) -> Iterator[list[dict[str, Any]]]:
+    """A row a variant, of each portion."""
     device = the_device()
     torch.compiler.reset()  # each size gets graphs of its own
     plain = family.new_unet(device, args.dtype).to(memory_format=torch.channels_last)
@@ -84,22 +84,16 @@ def measure(family: Family, rows: int, args: argparse.Namespace, until: float) -
         for name, unet in ((COMPILED.name, plain), ("INT8 + compile", int8)):
             made = torch.compile(unet, mode=args.mode, fullgraph=True, dynamic=False)
             calls[name] = partial(call, made, True)
-    run, not_run = warm_up(calls, until=until)
-    results = {name: one().float() for name, one in run.items()}
-    times = interleave(run, device, seconds=args.measuring or MEASURING_SECONDS[device.type])
     layers = dict(Counter(choice.precision for choice in choices))
-    for name in calls:
-        row: dict[str, Any] = {"model": family.name, "rows": rows, "variant": name}
-        if name.startswith("INT8"):
-            row["layers"] = layers
-        if name not in times:
-            yield row | {"not_run": not_run[name]}
-            continue
-        row |= times[name].figures() | ratios(times, name)
-        if EAGER.name in results:
-            exact = results[EAGER.name]
-            row["difference"] = float((results[name] - exact).abs().max() / exact.std())
-        yield row
+    for run, not_run in warm_up_in_portions(calls, is_compiled, until=until):
+        results = {name: one().float() for name, one in run.items()}
+        times = interleave(run, device, seconds=args.measuring or MEASURING_SECONDS[device.type])
+        yield [
+            {"model": family.name, "rows": rows, "variant": name}
+            | ({"layers": layers} if name.startswith("INT8") else {})
+            | outcome(name, times, results, not_run)
+            for name in calls
+        ]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -113,7 +107,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measures, saves after each size, prints."""
+    """Measures, saves after each portion of a size, prints."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=FAMILIES, default=["sdxl"] if cuda else ["tiny"])
@@ -126,10 +120,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for model in args.models:
         for count in args.rows:
-            for row in measure(FAMILIES[model], count, args, until):
-                print(row, flush=True)
-                rows.append(row)
-            save(path, facts, rows)
+            keep(path, facts, rows, measure(FAMILIES[model], count, args, until))
     columns = ["", "variant", "ms", "x eager", "x compile", "difference", "layers"]
     print_table(f"One UNet call, {facts['dtype']}, {facts['device']}; {path}", columns, [cells(row) for row in rows])
     if not cuda:

@@ -25,11 +25,11 @@ map_package()
 import torch  # noqa: E402
 from diffusers import EulerDiscreteScheduler  # noqa: E402
 from families import FAMILIES, Family  # noqa: E402
-from interleaved import interleave, warm_up  # noqa: E402
+from interleaved import interleave, warm_up_in_portions  # noqa: E402
 from measure import the_device  # noqa: E402
-from reporting import SMALL, about, add_common_options, print_table, result_file, save  # noqa: E402
+from reporting import SMALL, about, add_common_options, keep, print_table, result_file  # noqa: E402
 from torch import Tensor  # noqa: E402
-from variants import VARIANTS, Variant, Weights, ratio_cells, ratios  # noqa: E402
+from variants import VARIANTS, Variant, Weights, is_compiled, outcome, ratio_cells  # noqa: E402
 
 GUIDANCE = 5.0
 LEAST_ROUNDS = 3
@@ -72,25 +72,24 @@ def call_of(
 @torch.no_grad()
 def measure(
     family: Family, images: int, variants: list[Variant], args: argparse.Namespace, until: float
-) -> Iterator[dict[str, Any]]:
-    """A row a variant."""
+) -> Iterator[list[dict[str, Any]]]:
+    """A row a variant, of each portion."""
     device = the_device()
     torch.compiler.reset()  # each size gets graphs of its own
     weights = Weights(unet=family.new_unet(device, args.dtype), vae=family.new_vae(device, args.dtype))
     noise = family.new_latents(images, device, args.dtype)
     conditions = family.new_conditions(2 * images, device, args.dtype)
     calls = {each.name: call_of(weights, each, noise, conditions, args) for each in variants}
-    run, not_run = warm_up({name: partial(call, 2) for name, call in calls.items()}, until=until)
-    whole = {name: partial(calls[name], args.steps) for name in run}
-    times = interleave(whole, device, seconds=args.measuring or MEASURING_SECONDS[device.type], least=LEAST_ROUNDS)
-    for name in calls:
-        row: dict[str, Any] = {"model": family.name, "steps": args.steps, "images": images, "variant": name}
-        if name not in times:
-            yield row | {"not_run": not_run[name]}
-            continue
-        row |= times[name].figures() | ratios(times, name)
-        row["images_a_second"] = 1000 * images / times[name].ms
-        yield row
+    short = {name: partial(call, 2) for name, call in calls.items()}
+    for run, not_run in warm_up_in_portions(short, is_compiled, until=until):
+        whole = {name: partial(calls[name], args.steps) for name in run}
+        times = interleave(whole, device, seconds=args.measuring or MEASURING_SECONDS[device.type], least=LEAST_ROUNDS)
+        start = {"model": family.name, "steps": args.steps, "images": images}
+        yield [
+            start | {"variant": name} | outcome(name, times, {}, not_run)
+            | ({"images_a_second": 1000 * images / times[name].ms} if name in times else {})
+            for name in calls
+        ]  # fmt: skip
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -105,7 +104,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measures, saves after each size, prints."""
+    """Measures, saves after each portion of a size, prints."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("sdxl", "tiny"), default="sdxl" if cuda else "tiny")
@@ -119,10 +118,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     variants = [variant for variant in VARIANTS if args.compile or not variant.compiled]
     for images in args.images:
-        for row in measure(FAMILIES[args.model], images, variants, args, until):
-            print(row, flush=True)
-            rows.append(row)
-        save(path, facts, rows)
+        keep(path, facts, rows, measure(FAMILIES[args.model], images, variants, args, until))
     columns = ["", "variant", "ms", "images/s", "x eager", "x compile"]
     title = f"Images with their decoding, {facts['dtype']}, {facts['device']}; {path}"
     print_table(title, columns, [cells(row) for row in rows])

@@ -5,7 +5,8 @@
 from a plain checkout: torch, triton and diffusers are enough. Weights are random, shapes are SD1.5's at 512x512 and
 SDXL's at 1024x1024; with guidance an image is two rows. Medians of CUDA events; a ratio is the median of those within
 rounds. As in a pipeline, text stays the same from call to call, so that an accelerated UNet projects it once.
-Compiling SDXL takes minutes: ``--models`` and ``--rows`` split the work. Without a CUDA device a tiny UNet in float32
+Compiling SDXL takes minutes: ``--models`` and ``--rows`` split the work, and of each size what needs no compiling is
+measured and saved before. Without a CUDA device a tiny UNet in float32
 stands in, and nothing is compiled unless ``--compile`` is given; what is checked then is that ``accelerate`` makes
 nothing slower. Results go to ``bench/results/<device>/``, or to the folder that the environment variable OUT names.
 """
@@ -24,11 +25,11 @@ map_package()
 
 import torch  # noqa: E402
 from families import FAMILIES, Family  # noqa: E402
-from interleaved import interleave, warm_up  # noqa: E402
+from interleaved import interleave, warm_up_in_portions  # noqa: E402
 from measure import the_device  # noqa: E402
-from reporting import SMALL, about, add_common_options, print_table, result_file, save  # noqa: E402
+from reporting import SMALL, about, add_common_options, keep, print_table, result_file  # noqa: E402
 from torch import Tensor  # noqa: E402
-from variants import EAGER, VARIANTS, Variant, Weights, ratio_cells, ratios  # noqa: E402
+from variants import VARIANTS, Variant, Weights, is_compiled, outcome, ratio_cells  # noqa: E402
 
 TIMESTEP = 500
 MEASURING_SECONDS = {"cuda": 8.0, "cpu": 12.0}
@@ -56,27 +57,19 @@ def call_of(
 @torch.no_grad()
 def measure(
     family: Family, rows: int, variants: list[Variant], args: argparse.Namespace, until: float
-) -> Iterator[dict[str, Any]]:
-    """A row a variant."""
+) -> Iterator[list[dict[str, Any]]]:
+    """A row a variant, of each portion."""
     device = the_device()
     torch.compiler.reset()  # each size gets graphs of its own
     weights = Weights(unet=family.new_unet(device, args.dtype))
     latents = family.new_latents(rows, device, args.dtype)
     conditions = family.new_conditions(rows, device, args.dtype)
     calls = {each.name: call_of(weights, each, latents, conditions, args.mode) for each in variants}
-    run, not_run = warm_up(calls, until=until)
-    results = {name: call().float() for name, call in run.items()}
-    times = interleave(run, device, seconds=args.measuring or MEASURING_SECONDS[device.type])
-    for name in calls:
-        row: dict[str, Any] = {"model": family.name, "rows": rows, "variant": name}
-        if name not in times:
-            yield row | {"not_run": not_run[name]}
-            continue
-        row |= times[name].figures() | ratios(times, name)
-        if EAGER.name in results:
-            exact = results[EAGER.name]
-            row["difference"] = float((results[name] - exact).abs().max() / exact.std())
-        yield row
+    for run, not_run in warm_up_in_portions(calls, is_compiled, until=until):
+        results = {name: call().float() for name, call in run.items()}
+        times = interleave(run, device, seconds=args.measuring or MEASURING_SECONDS[device.type])
+        start = {"model": family.name, "rows": rows}
+        yield [start | {"variant": name} | outcome(name, times, results, not_run) for name in calls]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -91,7 +84,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measures, saves after each size, prints."""
+    """Measures, saves after each portion of a size, prints."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=FAMILIES, default=["sd15", "sdxl"] if cuda else ["tiny"])
@@ -105,10 +98,7 @@ def main() -> None:
     variants = [variant for variant in VARIANTS if args.compile or not variant.compiled]
     for model in args.models:
         for count in args.rows:
-            for row in measure(FAMILIES[model], count, variants, args, until):
-                print(row, flush=True)
-                rows.append(row)
-            save(path, facts, rows)
+            keep(path, facts, rows, measure(FAMILIES[model], count, variants, args, until))
     columns = ["", "variant", "ms", "x eager", "x compile", "difference"]
     print_table(f"One UNet call, {facts['dtype']}, {facts['device']}; {path}", columns, [cells(row) for row in rows])
     if not cuda:

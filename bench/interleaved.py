@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 WARMUP = 3
 MOST_ROUNDS = 50
+A_DAY = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -45,22 +48,59 @@ Calls = Mapping[str, Callable[[], Any]]
 
 
 def warm_up(calls: Calls, *, until: float) -> tuple[Calls, dict[str, str]]:
-    """Those that run (compiled ones get compiled), and why others do not; none is begun after ``until`` (monotonic)."""
+    """Those that run (compiled ones get compiled), and why others do not.
+
+    None is begun after ``until`` (monotonic), and one that is still being compiled then is given up.
+    """
     run: dict[str, Callable[[], Any]] = {}
     not_run: dict[str, str] = {}
     for name, call in calls.items():
-        if time.monotonic() > until:
+        left = until - time.monotonic()
+        if left <= 0:
             not_run[name] = "time is out"
             continue
         try:
-            for _ in range(WARMUP):
-                call()
+            with _at_most(left):
+                for _ in range(WARMUP):
+                    call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             run[name] = call
         except Exception as error:  # one that does not run here must not keep the others from being measured
             not_run[name] = f"{type(error).__name__}: {str(error)[:300]}"
     return run, not_run
+
+
+def warm_up_in_portions(
+    calls: Calls, compiled: Callable[[str], bool], *, until: float
+) -> Iterator[tuple[Calls, dict[str, str]]]:
+    """What :func:`warm_up` gives, of the calls that need no compiling, by name, and then of all.
+
+    Compiling takes minutes, and a machine that is lent may be gone by then: the others are to be measured before.
+    """
+    slow = {name: call for name, call in calls.items() if compiled(name)}
+    run, not_run = warm_up({name: call for name, call in calls.items() if name not in slow}, until=until)
+    if run or not slow:
+        yield run, not_run | dict.fromkeys(slow, "not compiled yet")
+    if slow:
+        more, failed = warm_up(slow, until=until)
+        yield {**run, **more}, not_run | failed
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """A TimeoutError in whatever runs in the main thread after ``seconds``."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not ready in the {seconds:.0f} s that were left")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, A_DAY))  # endless ones are refused
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def interleave(

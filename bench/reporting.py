@@ -7,7 +7,7 @@ import datetime
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", default="max-autotune", help="torch.compile's")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compiled variants too")
     parser.add_argument("--measuring", type=float, help="seconds for the rounds of a size")
-    parser.add_argument("--seconds", type=float, default=540.0, help="nothing more is compiled after that")
+    parser.add_argument("--seconds", type=float, default=540.0, help="what is not compiled by then is given up")
 
 
 def about(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -57,6 +57,18 @@ def result_file(benchmark: str, device: torch.device, date: str) -> Path:
 def save(path: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """All of it, atomically."""
     write(path, {"about": facts, "rows": rows})
+
+
+def keep(
+    path: Path, facts: dict[str, Any], rows: list[dict[str, Any]], portions: Iterable[list[dict[str, Any]]]
+) -> None:
+    """Adds to ``rows`` what the last portion found; what any portion found is saved at once."""
+    found: list[dict[str, Any]] = []
+    for found in portions:
+        save(path, facts, rows + found)
+    for row in found:
+        print(row, flush=True)
+    rows += found
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

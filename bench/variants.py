@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from interleaved import Times
-from torch import nn
+from torch import Tensor, nn
 
 from catimage_accel.accelerate import accelerate
 
@@ -56,6 +56,24 @@ BASELINES = (EAGER.name, COMPILED.name)
 def ratios(times: Mapping[str, Times], name: str) -> dict[str, float]:
     """How many times as fast as the baselines that ran a variant is."""
     return {_ratio(other): times[name].times_as_fast_as(times[other]) for other in BASELINES if other in times}
+
+
+def is_compiled(name: str) -> bool:
+    """Of a variant, or of another that is named like them."""
+    return "compile" in name
+
+
+def outcome(
+    name: str, times: Mapping[str, Times], results: Mapping[str, Tensor], not_run: Mapping[str, str]
+) -> dict[str, Any]:
+    """A variant's times, its ratios, and how far its result, if there is one, is from the eager one's; or why none."""
+    if name not in times:
+        return {"not_run": not_run[name]}
+    found = times[name].figures() | ratios(times, name)
+    if EAGER.name in results:
+        exact = results[EAGER.name]
+        found["difference"] = float((results[name] - exact).abs().max() / exact.std())
+    return found
 
 
 def ratio_cells(row: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ def round_to_levels(y, inverse_scale):
     rounds half to even. The clamp also keeps the product and the sum from being fused, which would round once only.
     """
     levels = tl.minimum(tl.maximum(y * inverse_scale, -128.0), 127.0)
+    levels = tl.where(levels == levels, levels, -128.0)  # NaN passes Triton 3.6's interpreter's clamp, no compiled one
     return (levels + 12582912.0) - 12582912.0
 
 
