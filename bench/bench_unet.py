@@ -6,9 +6,9 @@ from a plain checkout: torch, triton and diffusers are enough. Weights are rando
 SDXL's at 1024x1024; with guidance an image is two rows. Medians of CUDA events; a ratio is the median of those within
 rounds. As in a pipeline, text stays the same from call to call, so that an accelerated UNet projects it once.
 Compiling SDXL takes minutes: ``--models`` and ``--rows`` split the work, and of each size what needs no compiling is
-measured and saved before. Without a CUDA device a tiny UNet in float32
-stands in, and nothing is compiled unless ``--compile`` is given; what is checked then is that ``accelerate`` makes
-nothing slower. Results go to ``bench/results/<device>/``, or to the folder that the environment variable OUT names.
+measured and saved before. Without a CUDA device a tiny UNet in float32 stands in, and nothing is compiled unless
+``--compile`` is given; what is checked then is that ``accelerate`` makes nothing slower. Results go to
+``bench/results/<device>/``, or to the folder that the environment variable OUT names.
 """
 
 from __future__ import annotations
