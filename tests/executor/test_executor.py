@@ -280,8 +280,9 @@ def test_on_step_sees_diffusers_latents_and_may_replace_them(
 
 def test_bf16_keeps_the_picture(executor: Executor, tiny_sd_folder: Path) -> None:
     """Latents stay float32 between steps, so only each step's own rounding shows."""
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(4))  # torch 2.11 draws another in bfloat16
     fp32, bf16 = (
-        finished(executor, [job(candidate(tiny_sd_folder, "ddim", 8, 2.0, precision=p), "a dog", 4)])[0]
+        finished(executor, [Job("a dog", candidate(tiny_sd_folder, "ddim", 8, 2.0, precision=p), latents=noise)])[0]
         for p in ("fp32", "bf16")
     )
     assert fp32.latents is not None
