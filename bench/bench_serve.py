@@ -50,7 +50,6 @@ TRADEOFFS = (0.0, 0.02, 0.05, 0.2, 1.0)
 TARGETS = (1.0, 2.0, 4.0)
 FIRST_CAPTION = 50_000
 QUEUE = 400
-WARM_SECONDS = 45.0  # the worker tries its batch sizes
 
 
 @dataclass(frozen=True)
@@ -129,9 +128,9 @@ async def offered(http: httpx.AsyncClient, requests: Sequence[Request]) -> tuple
 
 
 async def measured(
-    system: System, catalog: Catalog, rates: Sequence[float], seconds: float, captions: Sequence[str], max_batch: int
+    system: System, catalog: Catalog, seconds: float, captions: Sequence[str], options: argparse.Namespace
 ) -> list[Point]:
-    settings = ServeSettings(max_batch=max_batch)
+    settings = ServeSettings(max_batch=options.max_batch)
     pool = WorkerPool(worker_settings(catalog, settings), target=system.target)
     if system.own_queue:
         pool.capacity = QUEUE
@@ -149,8 +148,8 @@ async def measured(
             for candidate in catalog.candidates:  # weights are read and engines built
                 body = {"prompt": "a dog", "candidate": candidate.name, "n": 4}
                 (await http.post("/v1/images/generations", json=body)).raise_for_status()
-            await asyncio.sleep(WARM_SECONDS)
-            for rate in rates:
+            await asyncio.sleep(options.warm)
+            for rate in options.rates:
                 before = _batches(service)
                 latencies, qualities, refused, took = await offered(http, trace(rate, seconds, captions))
                 calls, rows = (after - was for after, was in zip(_batches(service), before, strict=True))
@@ -204,6 +203,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2, 4, 6, 8, 10, 12, 14, 17, 20, 24, 28])
     parser.add_argument("--systems", nargs="+", default=[system.name for system in SYSTEMS])
     parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--warm", type=float, default=45.0, help="seconds in which a worker tries its batch sizes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     catalog = Catalog.load(options.catalog)
@@ -213,7 +213,7 @@ def main() -> None:
     seconds = options.seconds / (len(chosen) * len(options.rates) * 0.6)
     points: list[Point] = []
     for system in chosen:
-        points += asyncio.run(measured(system, catalog, options.rates, seconds, captions, options.max_batch))
+        points += asyncio.run(measured(system, catalog, seconds, captions, options))
     throughput = {
         system.name: {
             f"{target:g} s": round(at_target([one for one in points if one.system == system.name], target), 3)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from catimage_accel.serve.draw_loop import DrawLoop, in_one_line, usable_candida
 from catimage_accel.serve.messages import Broken, Cancel, Draw, FromWorker, Ready
 
 __all__ = ["MakeLoop", "WorkerSettings", "draw_messages", "run_worker"]
+
+WARM_AFTER = 1.0
+"""Seconds without an image after which a batch size is tried: who asks for one after the other would wait for it."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,15 @@ def draw_messages(
         return
     send(Ready(unusable))
     loop = make_loop(catalog, executor)
+    cold, warm_at = True, 0.0
     while True:
-        if loop.idle and inbox.empty() and loop.warm():
-            continue
-        for message in _messages(inbox, wait=loop.idle):
+        wait = None if loop.idle else 0.0
+        if cold and loop.idle:
+            wait = max(0.0, warm_at - time.monotonic())
+            if wait == 0.0 and inbox.empty():
+                cold = loop.warm()
+                continue
+        for message in _messages(inbox, wait):
             if isinstance(message, Draw):
                 loop.take(message)
             elif isinstance(message, Cancel):
@@ -95,13 +105,16 @@ def draw_messages(
         if not loop.idle:
             for told in loop.round():
                 send(told)
+            warm_at = time.monotonic() + WARM_AFTER
 
 
-def _messages(inbox: SimpleQueue[Any], *, wait: bool) -> Sequence[Any]:
-    """All that has arrived; waits for one if there is nothing else to do."""
-    messages = [inbox.get()] if wait else []
-    while not inbox.empty():
-        messages.append(inbox.get())
+def _messages(inbox: SimpleQueue[Any], wait: float | None) -> Sequence[Any]:
+    """All that has arrived; waits at most ``wait`` seconds for the first, with None until it comes."""
+    messages = []
+    with contextlib.suppress(Empty):
+        messages.append(inbox.get(block=wait != 0.0, timeout=wait))
+        while True:
+            messages.append(inbox.get_nowait())
     return messages
 
 

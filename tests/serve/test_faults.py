@@ -62,7 +62,7 @@ def test_no_request_is_lost_and_no_picture_changed(tiny_catalog: Path, kills: in
             with ThreadPoolExecutor(8) as threads:
                 clients = [threads.submit(client, first) for first in range(8)]
                 try:
-                    done, deadline = 0, time.monotonic() + 60 + 12 * kills
+                    done, deadline = 0, time.monotonic() + 60 + 30 * kills  # a slow machine's restart
                     while done < kills:
                         assert time.monotonic() < deadline, f"only {done} kills"
                         done += kill_one(server, chance)
