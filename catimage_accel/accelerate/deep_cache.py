@@ -52,11 +52,12 @@ class _Denoising:
 
 
 class DeepCachedForward:
-    """A UNet's ``forward`` with the deep blocks run at every ``interval``-th call of a denoising loop.
+    """A UNet's ``forward`` with the deep blocks run at every ``interval``-th call of a denoising loop, and at its last.
 
     A loop is told by its calls: the very same text tensor, latents of one shape, and timesteps that go on, which they
     do where each lies behind the one before in the same tensor (as in ``for t in scheduler.timesteps``) or is a smaller
-    number. Every other call is a refresh, so a loop that makes a tensor of every timestep is right and no faster.
+    number. Every other call is a refresh, so a loop that makes a tensor of every timestep is right and no faster. The
+    last call is known where timesteps are parts of one tensor.
     Calls with gradients or T2I-Adapters, and those that are traced or captured, run whole.
     """
 
@@ -94,7 +95,7 @@ class DeepCachedForward:
         for one in self._running:
             if one.text() is text and one.kind == kind and _goes_on(one.place, place):
                 one.place = place
-                one.age = (one.age + 1) % self.interval if one.kept is not None else 0
+                one.age = 0 if one.kept is None or _is_last(timestep) else (one.age + 1) % self.interval
                 return one
         this = weakref.ref(self)
 
@@ -129,6 +130,14 @@ def _place(timestep: Any) -> Any:
     if isinstance(timestep, Tensor):
         return timestep.untyped_storage().data_ptr(), timestep.storage_offset()
     return -float(timestep)
+
+
+def _is_last(timestep: Any) -> bool:
+    """Whether it is the last of the tensor that it is a part of: what old features spoil there no step makes good."""
+    if not isinstance(timestep, Tensor):
+        return False
+    storage = timestep.untyped_storage()
+    return (timestep.storage_offset() + 1) * timestep.element_size() == storage.nbytes()
 
 
 def _goes_on(before: Any, now: Any) -> bool:
