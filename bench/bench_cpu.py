@@ -1,6 +1,6 @@
 """What ``accelerate`` costs or saves where there is no GPU: the same models untouched and accelerated, in turns.
 
-    python bench/bench_cpu.py [--seconds 20] [--threads 1]
+    python bench/bench_cpu.py [--seconds 20] [--threads 1] [--dtype bfloat16 --channels-last]
 
 The built-in catalog's models, a whole picture of its teacher through diffusers' own pipeline, and a UNet of 3 million
 parameters. One and the same object is accelerated and restored between the rounds, so that neither variant has luckier
@@ -44,10 +44,10 @@ PROMPT = "a crown, a dog and a bear on a pink background"
 Case = tuple[str, Any, Callable[[], Any]]  # what it is called, what is accelerated, what is timed
 
 
-def cases() -> Iterator[Case]:
+def cases(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[Case]:
     """The smallest first."""
     catalog = Catalog.load("emoji")
-    pipes = {name: load(catalog, name) for name in ("teacher-ddim-25", "small-ddim-25")}
+    pipes = {name: load(catalog, name, dtype, layout) for name in ("teacher-ddim-25", "small-ddim-25")}
     pipe = pipes["teacher-ddim-25"]
     tokens = pipe.tokenizer(PROMPT, padding="max_length", truncation=True, return_tensors="pt").input_ids
     for rows in ROWS:
@@ -57,23 +57,27 @@ def cases() -> Iterator[Case]:
             text = each.text_encoder(tokens.repeat(rows, 1)).last_hidden_state
             yield f"UNet of {name}, {rows} rows", each, partial(run_unet, each.unet, rows, text)
     for rows in ROWS:
-        latents = torch.randn(rows, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+        latents = torch.randn(rows, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2, dtype=dtype)
         yield f"decoder, {rows} images", pipe, partial(pipe.vae.decode, latents)
-    unet = TINY.new_unet(CPU, torch.float32)
+    unet = TINY.new_unet(CPU, dtype).to(memory_format=layout)
     millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
     for rows in ROWS:
-        conditions = TINY.new_conditions(rows, CPU, torch.float32)
+        conditions = TINY.new_conditions(rows, CPU, dtype)
         text = conditions["encoder_hidden_states"]
         yield f"UNet of {millions:.1f} M, {rows} rows", SimpleNamespace(unet=unet), partial(run_unet, unet, rows, text)
     yield f"picture, {STEPS} steps", pipe, partial(pipe, PROMPT, num_inference_steps=STEPS, output_type="np")
 
 
-def load(catalog: Catalog, name: str) -> StableDiffusionPipeline:
+def load(
+    catalog: Catalog, name: str, dtype: torch.dtype = torch.float32, layout: torch.memory_format = torch.preserve_format
+) -> StableDiffusionPipeline:
     """A candidate's models in diffusers' own pipeline."""
     candidate = next(candidate for candidate in catalog.candidates if candidate.name == name)
     folder = catalog.resolve_model(candidate.model)
-    unet = load_unet(folder, candidate.unet, torch.float32)
-    pipe = StableDiffusionPipeline.from_pretrained(folder, unet=unet, safety_checker=None)
+    unet = load_unet(folder, candidate.unet, dtype)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, unet=unet, safety_checker=None, torch_dtype=dtype)
+    for model in (pipe.unet, pipe.vae):
+        model.to(memory_format=layout)
     assert isinstance(pipe.vae, AutoencoderKL)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -83,7 +87,7 @@ def load(catalog: Catalog, name: str) -> StableDiffusionPipeline:
 def run_unet(unet: UNet2DConditionModel, rows: int, text: Tensor) -> Tensor:
     """One call; the text is the same from call to call, as within a pipeline."""
     side = unet.config.sample_size
-    sample = torch.zeros(rows, unet.config.in_channels, side, side)
+    sample = torch.zeros(rows, unet.config.in_channels, side, side, dtype=unet.dtype)
     return unet(sample, torch.tensor(500), text, return_dict=False)[0]
 
 
@@ -133,13 +137,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each case")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all models")
+    parser.add_argument("--channels-last", action="store_true", help="UNets and decoder in that memory format")
     args = parser.parse_args()
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    layout = torch.channels_last if args.channels_last else torch.preserve_format
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    facts = about(CPU, torch.float32)
+    facts = about(CPU, dtype) | {"channels_last": args.channels_last}
     rows = []
     path = result_file("accelerate", CPU, facts["date"])
-    for case in cases():
+    for case in cases(dtype, layout):
         rows.append(measure(case, args.seconds))
         save(path, facts, rows)
     table = [
@@ -150,7 +158,8 @@ def main() -> None:
         for row in rows
     ]  # fmt: skip
     columns = ["", "untouched ms", "accelerated ms", "times as fast", "95% interval"]
-    print_table(f"accelerate() on {facts['device']}, {args.threads} threads; {path}", columns, table)
+    kind = f"{args.dtype}{', channels_last' if args.channels_last else ''}"
+    print_table(f"accelerate() on {facts['device']}, {args.threads} threads, {kind}; {path}", columns, table)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ class FusedGroupNorm(nn.GroupNorm):
         """``x`` is (batch, channels, ...)."""
         # A hook that bound this method may outlive ``restore``, which takes the attribute away.
         activation = getattr(self, "activation", None)
-        if not takes_kernels(x, self.weight):
-            y = nn.GroupNorm.forward(self, x)
-            return nn.functional.silu(y, inplace=not torch.is_grad_enabled()) if activation == "silu" else y
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, activation=activation)
+        weight = self.weight  # looked up once: a module finds its parameters slowly
+        if takes_kernels(x, weight):
+            return group_norm(x, self.num_groups, weight, self.bias, self.eps, activation=activation)
+        y = nn.functional.group_norm(x, self.num_groups, weight, self.bias, self.eps)
+        return nn.functional.silu(y, inplace=not torch.is_grad_enabled()) if activation == "silu" else y
 
 
 class FusedSiLU(nn.SiLU):
@@ -41,9 +42,10 @@ class FusedLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is (..., width)."""
-        if not takes_kernels(x, self.weight):
-            return nn.LayerNorm.forward(self, x)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        weight = self.weight
+        if takes_kernels(x, weight):
+            return layer_norm(x, weight, self.bias, self.eps)
+        return nn.functional.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps)
 
 
 def takes_sums(norm: nn.Module) -> bool:
