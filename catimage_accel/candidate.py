@@ -50,7 +50,7 @@ class Candidate:
     diffusers' (arXiv 2305.08891). ``engine`` "auto" is the one measured fastest, for its weights or else for its
     precision, "eager" where none was measured. ``precision`` "int8" and "fp8" need ``quantization``, a folder that
     `catimage quantize` wrote, relative to the catalog's folder or absolute. ``options``: ``deepcache_interval`` (int,
-    the UNet's deep features are recomputed every so many steps).
+    the UNet's deep features are recomputed every so many steps, and at the last).
     Any other value raises ValueError.
     """
 

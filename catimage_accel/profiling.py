@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from catimage_accel.catalog import Candidate, Catalog
+from catimage_accel.engines.deepcache import runs_whole
 from catimage_accel.engines.loading import latent_size, model_class, read_config
 from catimage_accel.executor import Executor, Job
 from catimage_accel.kernels.device import device_name
@@ -41,7 +42,7 @@ def count_flops(catalog: Catalog, advance: Advance = lambda _: None) -> dict[str
             unets[model / candidate.unet] = _unet_flops(model, candidate.unet)
         per_prompt, whole_step, outer_step = unets[model / candidate.unet]
         interval = candidate.options.get("deepcache_interval", 1)
-        whole = -(-candidate.steps // interval)
+        whole = sum(runs_whole(step, candidate.steps, interval) for step in range(candidate.steps))
         denoise = whole * whole_step + (candidate.steps - whole) * outer_step
         rows = 2 if candidate.guidance_scale > 1 else 1
         flops[candidate.name] = rows * (texts[model] + per_prompt + denoise) + decoders[model / candidate.vae]
@@ -144,7 +145,8 @@ def time_candidates(
         )  # fmt: skip
         if alike not in measured:
             interval = candidate.options.get("deepcache_interval", 1)
-            few, many = 2 * interval, 8 * interval
+            # One more than a multiple, so that the last step counts as itself alone where features are kept.
+            few, many = 2 * interval + 1, 8 * interval + 1
             measured[alike] = {}
             for batch in batch_sizes:
                 # Engines are built for a batch size when it is first met.

@@ -35,7 +35,7 @@ def flops(tiny_catalog: Path) -> dict[str, int]:
         Catalog.load(tiny_catalog),
         candidates=(
             candidate("1", 1, 1.0), candidate("2", 2, 1.0), candidate("10", 10, 1.0), candidate("guided", 10, 3.0),
-            candidate("cached", 10, 1.0, deepcache_interval=3),
+            candidate("cached", 10, 1.0, deepcache_interval=3), candidate("cached-9", 9, 1.0, deepcache_interval=3),
         ),
     )  # fmt: skip
     return count_flops(catalog)
@@ -70,6 +70,8 @@ def test_deepcache_counts_what_the_engine_runs(flops: dict[str, int], tiny_catal
     assert between < refresh
     # Of ten steps the first, fourth, seventh and tenth are refreshes.
     assert flops["10"] - flops["cached"] == 6 * (refresh - between)
+    # Of nine steps the first, fourth, seventh and ninth: the last one is whole wherever it falls.
+    assert flops["10"] - flops["cached-9"] == refresh + 5 * (refresh - between)
 
 
 def test_times_grow_with_steps(tiny_catalog: Path) -> None:

@@ -12,7 +12,25 @@ from torch import Tensor
 from catimage_accel.engines.protocol import DeepFeatures, TextBatch
 from catimage_accel.engines.text import CachedText
 
-__all__ = ["PARTS", "Outer", "UNetParts", "deep_rows", "denoise_with_deep_features", "enter", "inside", "leave"]
+__all__ = [
+    "PARTS",
+    "Outer",
+    "UNetParts",
+    "deep_rows",
+    "denoise_with_deep_features",
+    "enter",
+    "inside",
+    "leave",
+    "runs_whole",
+]
+
+
+def runs_whole(step: int, steps: int, interval: int) -> bool:
+    """Whether a step of ``steps`` (the first is 0) recomputes the deep features.
+
+    The first of every ``interval`` does, and the last one: what old features spoil there no later step makes good.
+    """
+    return step % interval == 0 or step == steps - 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from catimage_accel.engines import DeepFeatures, Engine, TextState
+from catimage_accel.engines.deepcache import runs_whole
 from catimage_accel.executor.job import Job
 from catimage_accel.executor.samplers import SamplerTable
 from catimage_accel.kernels.guided_step import guided_step
@@ -45,6 +46,11 @@ class Slot:
     @property
     def remaining(self) -> int:
         return len(self.table) - self.step
+
+    @property
+    def whole(self) -> bool:
+        """Whether the next step recomputes the deep features."""
+        return runs_whole(self.step, len(self.table), self.deepcache_interval)
 
 
 class Batch:
@@ -120,7 +126,7 @@ class Batch:
             deep = None
             if self._deep is not None:
                 known = self._deep.features
-                refresh = None if slot.step % slot.deepcache_interval == 0 else ()
+                refresh = None if slot.whole else ()
                 deep = DeepFeatures(None if known is None else known[rows], refresh)
             text = self._text.rows(tuple(rows))
             noise[rows] = self._engine.denoise(sample[rows], timesteps[rows], text, deep=deep)
@@ -154,7 +160,7 @@ class Batch:
         return DeepFeatures(features)
 
     def _refreshed_rows(self) -> tuple[int, ...] | None:
-        fresh = [index for index, slot in enumerate(self.slots) if slot.step % slot.deepcache_interval == 0]
+        fresh = [index for index, slot in enumerate(self.slots) if slot.whole]
         if len(fresh) == len(self.slots):
             return None
         return tuple(sorted(row for index in fresh for row in self._rows_of(index)))

@@ -33,7 +33,8 @@ def with_diffusers(folder: Path, one: Job) -> torch.Tensor:
     calls: list[torch.Tensor] = []
 
     def hold(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        calls.append(output if len(calls) % interval == 0 else calls[-1])
+        whole = len(calls) % interval == 0 or len(calls) == one.candidate.steps - 1
+        calls.append(output if whole else calls[-1])
         return calls[-1]
 
     pipe.unet.up_blocks[-2].register_forward_hook(hold)
@@ -54,7 +55,8 @@ def executor() -> Executor:
         pytest.param(3.0, 1, id="every step, as without"),
         pytest.param(3.0, 3, id="guided"),
         pytest.param(1.0, 2, id="no guidance"),
-        pytest.param(3.0, 50, id="refreshed at the first step only"),
+        pytest.param(3.0, 4, id="the last step is no refresh by counting"),
+        pytest.param(3.0, 50, id="whole at the first step and the last only"),
     ],
 )
 def test_alone(executor: Executor, tiny_sd_folder: Path, guidance: float, interval: int) -> None:
@@ -80,7 +82,7 @@ def test_in_a_mixed_batch(executor: Executor, tiny_sd_folder: Path) -> None:
 
 
 def test_deep_blocks_run_at_refreshes_only(executor: Executor, tiny_sd_folder: Path) -> None:
-    one = job(tiny_sd_folder, 1, 7, 3.0, 3)
+    one = job(tiny_sd_folder, 1, 6, 3.0, 3)
     engine, _ = executor.prepare(one.candidate)
     rows: list[int] = []
     handle = engine.unet.mid_block.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))  # type: ignore[attr-defined]
@@ -88,5 +90,5 @@ def test_deep_blocks_run_at_refreshes_only(executor: Executor, tiny_sd_folder: P
         draw(executor, [one, job(tiny_sd_folder, 2, 7, 1.0, 2)])
     finally:
         handle.remove()
-    # Steps 0, 3, 6 refresh the guided image's two rows, steps 0, 2, 4, 6 the other's one.
-    assert rows == [3, 1, 2, 1, 3]
+    # Steps 0, 3 and 5, its last, refresh the guided image's two rows, steps 0, 2, 4, 6 the other's one.
+    assert rows == [3, 1, 2, 1, 2, 1]
