@@ -1,12 +1,12 @@
 """One UNet call with every engine that runs here: milliseconds, and how many times as fast as PyTorch in float32.
 
-    python bench/engines/bench_engines.py [--catalog emoji] [--images 1 --images 4 --images 16]
+    python bench/engines/bench_engines.py [--catalog emoji] [--images 1 --images 4 --images 16] [--precision bf16]
 
-For each UNet of the catalog, in each precision that a candidate of it has: 1, 4 and 16 guided images, so 2, 8 and
-32 rows, all threads, all engines of a UNet in turns, rounds in changing order, by the wall. A ratio is the median of
-the ratios within each round. Engines are built into an empty cache first: the seconds until the first picture's step,
-weights read, and what the cache then holds. Results go to ``bench/results/cpu/`` (or the device's), or to the folder
-that OUT names.
+For each UNet of the catalog, in each precision that a candidate of it has or that is asked for: 1, 4 and 16 guided
+images, so 2, 8 and 32 rows, all threads, all engines of a UNet in turns, rounds in changing order, by the wall. A ratio
+is the median of the ratios within each round. Engines are built into an empty cache first: the seconds until the first
+picture's step, weights read, and what the cache then holds. Results go to ``bench/results/cpu/`` (or the device's), or
+to the folder that OUT names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from reporting import about, print_table, result_file, save  # noqa: E402
 
 from catimage_accel.candidate import Candidate  # noqa: E402
 from catimage_accel.catalog import Catalog  # noqa: E402
-from catimage_accel.engines import ENGINES, Engine, EngineUnavailable, LoadedEngines  # noqa: E402
+from catimage_accel.engines import ENGINES, PRECISIONS, Engine, EngineUnavailable, LoadedEngines  # noqa: E402
 from catimage_accel.engines.cache import EngineCache  # noqa: E402
 
 BASE = "eager fp32"
@@ -42,6 +43,8 @@ def main() -> None:
     parser.add_argument("--catalog", default="emoji", help="folder, hub id or built-in name")
     parser.add_argument("--images", type=int, action="append", help="guided images together; 1, 4 and 16 if absent")
     parser.add_argument("--engine", action="append", help="engines to measure; all that run here if absent")
+    parser.add_argument("--unet", action="append", help="subfolders of the models; all UNets if absent")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, default=[], help="beside the catalog's")
     parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of a UNet and size")
     options = parser.parse_args()
     catalog = Catalog.load(options.catalog, verify=False)
@@ -50,8 +53,11 @@ def main() -> None:
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for unet in dict.fromkeys((one.model, one.unet) for one in catalog.candidates):
+            if unet[1] not in (options.unet or unet):
+                continue
             cache = EngineCache(Path(folder) / unet[1])
-            engines, built = load(catalog, unet, options.engine or ENGINES, cache, device, skipped)
+            names = options.engine or ENGINES
+            engines, built = load(catalog, unet, names, options.precision, cache, device, skipped)
             for images in options.images or (1, 4, 16):
                 rows += measure(unet[1], engines, built, images, device, options.seconds)
     facts = about(device, torch.float32) | {"skipped": skipped}
@@ -64,8 +70,8 @@ def main() -> None:
 
 
 def load(
-    catalog: Catalog, unet: tuple[str, str], names: list[str] | tuple[str, ...], cache: EngineCache,
-    device: torch.device, skipped: dict[str, str],
+    catalog: Catalog, unet: tuple[str, str], names: list[str] | tuple[str, ...], others: list[str],
+    cache: EngineCache, device: torch.device, skipped: dict[str, str],
 ) -> tuple[dict[str, Engine], dict[str, dict[str, float]]]:  # fmt: skip
     """Engine and precision -> engine, and what it took to have it."""
     loaded = LoadedEngines(device, cache, fall_back=False)
@@ -75,6 +81,7 @@ def load(
     for candidate in catalog.candidates:
         if (candidate.model, candidate.unet) == unet:
             precisions.setdefault(candidate.precision, candidate)
+    precisions.update((other, replace(precisions["fp32"], precision=other)) for other in others)
     for precision, candidate in precisions.items():
         scales = candidate.quantization
         for name in names:
