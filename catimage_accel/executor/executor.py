@@ -14,7 +14,7 @@ from catimage_accel.executor.job import Finished, Job, check_guidance
 from catimage_accel.executor.samplers import SamplerTable, read_scheduler_config, sampler_table
 
 if TYPE_CHECKING:
-    from catimage_accel.catalog import Candidate
+    from catimage_accel.candidate import Candidate
 
 __all__ = ["Executor"]
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from catimage_accel.engines import Engine, TextState
+from catimage_accel.engines import Engine
 from catimage_accel.executor.batch import Batch, Slot
+from catimage_accel.executor.group import Entry, Group
 from catimage_accel.executor.job import Finished, Job, Step, first_sample
 from catimage_accel.executor.samplers import SamplerTable
 
 if TYPE_CHECKING:
-    from catimage_accel.executor.executor import Executor
+    from catimage_accel.candidate import Candidate
 
-__all__ = ["Flight", "OnStep", "out_of_memory"]
+__all__ = ["Flight", "OnStep", "out_of_memory", "to_bytes"]
 
 OnStep = Callable[[Step], Tensor | None]
 
@@ -31,89 +31,29 @@ DECODE_PATIENCE = 4
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "failed to allocate", "bad_alloc", "bad allocation")
 
 
-@dataclass(eq=False)
-class _Entry:
-    """A job that was taken on and whose prompt is not encoded yet."""
+class Models(Protocol):
+    """What draws, and how many images at once: an ``Executor``, as its flights see it."""
 
-    job: Job
-    engine: Engine
-    table: SamplerTable
-    sample: Tensor
-    started: float
-
-
-@dataclass(eq=False)
-class _Group:
-    """Jobs that share a UNet and a size: ``slots`` are stepped as ``batch``, ``waiting`` have no room yet.
-
-    Jobs in ``taken`` are encoded, with the other groups' of the engine, before the next step.
-    """
-
-    engine: Engine
-    limit: int
     reproducible: bool
-    taken: list[_Entry] = field(default_factory=list)
-    slots: list[Slot] = field(default_factory=list)
-    waiting: deque[Slot] = field(default_factory=deque)
-    undecoded: list[Slot] = field(default_factory=list)
-    steps_since_finish: int = 0
-    batch: Batch | None = None
-    empty: TextState | None = None
 
-    def rebuilt(self) -> Batch:
-        """The batch of the current slots, with waiting ones moved into free places."""
-        if self.batch is not None:
-            if not self.waiting or len(self.slots) >= self.limit:
-                return self.batch
-            self.batch.scatter()
-        while self.waiting and len(self.slots) < self.limit:
-            self.slots.append(self.waiting.popleft())
-        if self.empty is None and any(slot.guided for slot in self.slots):
-            self.empty = self.engine.encode_prompts([""])[0]
-        self.batch = Batch(self.engine, self.slots, self.empty, apart=self.apart)
-        return self.batch
+    def prepare(self, candidate: Candidate) -> tuple[Engine, SamplerTable]: ...
 
-    @property
-    def apart(self) -> bool:
-        """Whether images are stepped and decoded one by one, so that none changes another's bits."""
-        return self.reproducible and not self.engine.batch_invariant
+    def batch_limit(self, engine: Engine, shape: torch.Size) -> int: ...
 
-    @property
-    def idle(self) -> bool:
-        return not (self.taken or self.slots or self.waiting or self.undecoded)
-
-    @property
-    def began(self) -> float:
-        """When the oldest of its images was taken on; those that only wait for the decode don't count."""
-        return min((slot.started for slot in (*self.slots, *self.waiting)), default=float("inf"))
-
-    @property
-    def without_room(self) -> int:
-        return max(0, len(self.taken) + len(self.waiting) - max(0, self.limit - len(self.slots)))
-
-    def remove(self, is_gone: Callable[[Job], bool]) -> None:
-        """Forgets the jobs for which ``is_gone``; the others' state is kept."""
-        if any(is_gone(slot.job) for slot in self.slots):
-            if self.batch is not None:
-                self.batch.scatter()
-                self.batch = None
-            self.slots = [slot for slot in self.slots if not is_gone(slot.job)]
-        self.taken = [entry for entry in self.taken if not is_gone(entry.job)]
-        self.waiting = deque(slot for slot in self.waiting if not is_gone(slot.job))
-        self.undecoded = [slot for slot in self.undecoded if not is_gone(slot.job)]
+    def lower_batch_limit(self, engine: Engine, shape: torch.Size, limit: int) -> None: ...
 
 
 class Flight:
-    """The jobs that an :class:`Executor` has in flight: taken on with :meth:`take`, drawn by :meth:`advance`.
+    """The jobs that an ``Executor`` has in flight: taken on with :meth:`take`, drawn by :meth:`advance`.
 
-    For callers whose jobs come one by one while others are drawn; :meth:`Executor.run` is made of it. Errors are as
+    For callers whose jobs come one by one while others are drawn; ``Executor.run`` is made of it. Errors are as
     told there. Not thread-safe, and the only flight of its executor while it lasts.
     """
 
-    def __init__(self, executor: Executor, on_step: OnStep | None = None) -> None:
-        self._executor = executor
+    def __init__(self, models: Models, on_step: OnStep | None = None) -> None:
+        self._models = models
         self._on_step = on_step
-        self._groups: dict[tuple[int, torch.Size], _Group] = {}
+        self._groups: dict[tuple[int, torch.Size], Group] = {}
         self._finished: deque[Finished] = deque()
 
     @property
@@ -136,16 +76,16 @@ class Flight:
         that has room. A job that can't be drawn comes out of :meth:`advance` with its error."""
         started = time.perf_counter()
         try:
-            engine, table = self._executor.prepare(job.candidate)
+            engine, table = self._models.prepare(job.candidate)
             sample = first_sample(job, engine, table)
         except Exception as error:
             self._fail(job, started, error)
             return
         key = (id(engine), sample.shape)
         if key not in self._groups:
-            limit = self._executor.batch_limit(engine, sample.shape)
-            self._groups[key] = _Group(engine, limit, self._executor.reproducible)
-        self._groups[key].taken.append(_Entry(job, engine, table, sample, started))
+            limit = self._models.batch_limit(engine, sample.shape)
+            self._groups[key] = Group(engine, limit, self._models.reproducible)
+        self._groups[key].taken.append(Entry(job, engine, table, sample, started))
 
     def cancel(self, key: Any) -> None:
         """Forgets the job of this key, wherever it stands: its slot is free at the next step, and no outcome of it is
@@ -162,7 +102,7 @@ class Flight:
         taken = [entry for group in self._groups.values() for entry in group.taken]
         for group in self._groups.values():
             group.taken = []
-        if self._executor.reproducible:  # text encoders are PyTorch's, whose bits depend on the batch
+        if self._models.reproducible:  # text encoders are PyTorch's, whose bits depend on the batch
             for entry in taken:
                 self._encode([entry])
         else:
@@ -181,7 +121,7 @@ class Flight:
         while self._finished:
             yield self._finished.popleft()
 
-    def _encode(self, taken: list[_Entry]) -> None:
+    def _encode(self, taken: list[Entry]) -> None:
         try:
             texts = taken[0].engine.encode_prompts([entry.job.prompt for entry in taken])
         except Exception as error:
@@ -200,7 +140,7 @@ class Flight:
             )  # fmt: skip
             self._groups[id(entry.engine), entry.sample.shape].waiting.append(slot)
 
-    def _advance(self, group: _Group, *, step: bool) -> None:
+    def _advance(self, group: Group, *, step: bool) -> None:
         """With ``step``, one step of the group's batch; then the decode of what is finished, if it is time for it."""
         if step and (group.slots or group.waiting):
             group.steps_since_finish += 1
@@ -222,7 +162,7 @@ class Flight:
                 for part in [[slot] for slot in alike] if group.apart else [alike]:
                     self._decode(group.engine, vae, part)
 
-    def _advance_one_by_one(self, group: _Group, error: Exception) -> None:
+    def _advance_one_by_one(self, group: Group, error: Exception) -> None:
         """After a failed step: the same step for every slot by itself, so that only those at fault fail.
 
         If none is, the batch was too much as a whole (memory), and the group goes on with half as many slots.
@@ -246,12 +186,12 @@ class Flight:
         if slots and len(group.slots) == len(slots):
             group.limit = max(1, len(slots) // 2)
             if out_of_memory(error):
-                self._executor.lower_batch_limit(group.engine, slots[0].sample.shape, group.limit)
+                self._models.lower_batch_limit(group.engine, slots[0].sample.shape, group.limit)
         self._collect(group)
         group.waiting.extendleft(reversed(group.slots[group.limit :]))
         del group.slots[group.limit :]
 
-    def _collect(self, group: _Group) -> None:
+    def _collect(self, group: Group) -> None:
         """Moves slots without a step left to the decoder's queue."""
         done = [slot for slot in group.slots if slot.remaining == 0]
         if done:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from catimage_accel.catalog import Candidate
+    from catimage_accel.candidate import Candidate
     from catimage_accel.engines import Engine
     from catimage_accel.executor.samplers import SamplerTable
 
