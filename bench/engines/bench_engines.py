@@ -48,6 +48,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of a UNet and size")
     options = parser.parse_args()
     catalog = Catalog.load(options.catalog, verify=False)
+    known = sorted({one.unet for one in catalog.candidates})
+    if unknown := set(options.unet or ()).difference(known):
+        parser.error(f"--unet is {', '.join(sorted(unknown))}; accepted: {', '.join(known)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
