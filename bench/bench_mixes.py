@@ -22,10 +22,12 @@ map_package()
 import numpy as np  # noqa: E402
 from reporting import print_table  # noqa: E402
 
-from catimage_accel.candidate import OWN_VAE, Candidate  # noqa: E402
+from catimage_accel.candidate import Candidate  # noqa: E402
 from catimage_accel.catalog import Catalog  # noqa: E402
+from catimage_accel.cli.files import read_prompts  # noqa: E402
 from catimage_accel.pipeline import RoutedPipeline  # noqa: E402
 from catimage_accel.routing.curves import hull_curve  # noqa: E402
+from catimage_accel.zoo.students import PARTS  # noqa: E402
 
 SHARES = (0.98, 0.99, 0.995)
 TRADEOFFS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -34,7 +36,7 @@ SHOWN_ROUTES = 3
 
 def is_snapfusions(candidate: Candidate) -> bool:
     """Whether one of SnapFusion's methods made its UNet or its decoder."""
-    return candidate.vae != OWN_VAE or candidate.unet in ("unet_efficient", "unet_student")
+    return not {candidate.unet, candidate.vae}.isdisjoint(PARTS.values())
 
 
 def mixes(catalog: Catalog, without: set[str]) -> list[list[str]]:
@@ -79,7 +81,9 @@ def main() -> None:
     columns = ["precision", "candidates", *(f"{share:.1%} of the best" for share in SHARES)]
     print_table(f"the cheapest mix, mean {catalog.cost_unit} an image", columns, mixes(catalog, without))
     if args.prompts is not None:
-        prompts = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts, problems = read_prompts(args.prompts)
+        for problem in problems:
+            print(problem)
         columns = ["tradeoff", "most frequent", f"mean {catalog.cost_unit}", "predicted quality"]
         print_table(f"{len(prompts)} prompts", columns, spending(RoutedPipeline(catalog), prompts, args.tradeoffs))
 
