@@ -25,7 +25,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from catimage_accel.accelerate.modules import named_like
 
 INTERVALS = {"lossless": 1, "high": 2, "fast": 3}
-"""Tier -> how many steps the deep features serve."""
+"""Tier -> how many steps the deep features serve at most."""
+OLDEST = 10
+"""No features are used that are older than one step in so many of the loop: what changes from one of a few steps to the
+next is too much for it."""
 MAX_TEXTS = 2  # guided pipelines that call the UNet once for each half alternate between two
 
 
@@ -54,10 +57,12 @@ class _Denoising:
 class DeepCachedForward:
     """A UNet's ``forward`` with the deep blocks run at every ``interval``-th call of a denoising loop, and at its last.
 
+    Short loops are given less: features serve two steps from ``OLDEST`` steps on, three from twice as many.
+
     A loop is told by its calls: the very same text tensor, latents of one shape, and timesteps that go on, which they
     do where each lies behind the one before in the same tensor (as in ``for t in scheduler.timesteps``) or is a smaller
     number. Every other call is a refresh, so a loop that makes a tensor of every timestep is right and no faster. The
-    last call is known where timesteps are parts of one tensor.
+    number of steps and the last of them are known where timesteps are parts of one tensor.
     Calls with gradients or T2I-Adapters, and those that are traced or captured, run whole.
     """
 
@@ -95,7 +100,8 @@ class DeepCachedForward:
         for one in self._running:
             if one.text() is text and one.kind == kind and _goes_on(one.place, place):
                 one.place = place
-                one.age = 0 if one.kept is None or _is_last(timestep) else (one.age + 1) % self.interval
+                interval = _interval(timestep, self.interval)
+                one.age = 0 if one.kept is None or _is_last(timestep) else (one.age + 1) % interval
                 return one
         this = weakref.ref(self)
 
@@ -130,6 +136,14 @@ def _place(timestep: Any) -> Any:
     if isinstance(timestep, Tensor):
         return timestep.untyped_storage().data_ptr(), timestep.storage_offset()
     return -float(timestep)
+
+
+def _interval(timestep: Any, most: int) -> int:
+    """How many steps features serve in a loop of so many as the tensor has that the timestep is a part of."""
+    if not isinstance(timestep, Tensor):
+        return most
+    steps = timestep.untyped_storage().nbytes() // timestep.element_size()
+    return min(most, 1 + steps // OLDEST)
 
 
 def _is_last(timestep: Any) -> bool:

@@ -9,10 +9,10 @@ import torch
 PARTS = ("unet", "vae", "controlnet", "text_encoder", "text_encoder_2")
 
 
-def draw(pipe: Any, **arguments: Any) -> torch.Tensor:
-    """Three steps from a fixed seed."""
+def draw(pipe: Any, *, steps: int = 3, **arguments: Any) -> torch.Tensor:
+    """A picture from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    return pipe("a red cat", num_inference_steps=3, generator=generator, output_type="pt", **arguments).images
+    return pipe("a red cat", num_inference_steps=steps, generator=generator, output_type="pt", **arguments).images
 
 
 def state(pipe: Any) -> dict[str, Any]:
