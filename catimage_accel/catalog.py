@@ -201,6 +201,13 @@ class Catalog:
 
         return read_parquet(self._quality_path(), self.costs, self.metric)
 
+    def mean_scores(self) -> dict[str, float]:
+        """Candidate -> the mean over its profiled prompts, of candidates that have any; errors as ``ratings``'."""
+        from catimage_accel.routing import mean_scores
+
+        found = mean_scores(self._quality_path(), self.metric)
+        return {candidate.name: found[candidate.name] for candidate in self.candidates if candidate.name in found}
+
     def _quality_path(self) -> Path:
         path = self.folder / QUALITY_FILE
         if not path.is_file():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from catimage_accel.catalog import Catalog
 from catimage_accel.cli import app
 from catimage_accel.cli.console import interrupts_wait
 from catimage_accel.cli.files import slug
@@ -182,6 +184,31 @@ def test_candidates_lists_costs_and_qualities(tiny_catalog: Path) -> None:
     table = catimage("candidates", "--catalog", tiny_catalog)
     assert table.exit_code == 0
     assert "dpmsolver++" in table.stdout
+
+
+def test_candidates_are_listed_whatever_is_not_measured_yet(tiny_catalog: Path, tmp_path: Path) -> None:
+    """As after a profile that was stopped, and with a candidate that was written into the file since."""
+    folder = shutil.copytree(tiny_catalog, tmp_path / "catalog")
+    (folder / "checksums.json").unlink()
+    scores = pyarrow.parquet.read_table(folder / "quality.parquet")
+    kept = [row for row in scores.to_pylist() if (row["candidate"], row["prompt"]) != ("dear-4", "a dog")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(kept, scores.schema), folder / "quality.parquet")
+    with (folder / "catalog.toml").open("a") as file:
+        file.write('[[candidate]]\nname = "new"\nmodel = "model"\nsteps = 1\nsampler = "ddim"\nguidance_scale = 1\n')
+    lines = catimage("candidates", "--catalog", folder, "--json").stdout.splitlines()
+    listed = {row["name"]: (row["gflop"], row["quality"]) for row in map(json.loads, lines)}
+    assert listed["new"] == (None, None)
+    assert listed["dear-4"][1] == pytest.approx(0.3)
+    assert catimage("candidates", "--catalog", folder).exit_code == 0
+
+
+def test_a_candidate_can_be_taken_out_of_a_profiled_catalog(tiny_catalog: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_catalog, tmp_path / "catalog")
+    (folder / "checksums.json").unlink()
+    catalog = Catalog.load(folder)
+    replace(catalog, candidates=tuple(one for one in catalog.candidates if one.name != "middle-3")).save(folder)
+    done = catimage("router", "fit", folder, "--features", "ngrams")
+    assert done.exit_code == 0, done.output
 
 
 def test_demo_draws_its_prompts_and_a_contact_sheet(tiny_catalog: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from typer.core import TyperGroup
 from catimage_accel.cli.console import say
 
 USAGE_ERRORS = (
-    ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ConnectionError, ImportError,
+    ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,
+    ConnectionError, ImportError,
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from catimage_accel.catalog import BUILT_IN, QUALITY_FILE, Catalog
 from catimage_accel.cli.console import results
 from catimage_accel.costs import Milliseconds, fastest
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 def list_candidates(
     catalog: Annotated[str, typer.Option(help="A catalog: a folder, a hub id, or the built-in name.")] = BUILT_IN,
@@ -19,10 +22,7 @@ def list_candidates(
 ) -> None:
     """List a catalog's candidates, dearest first, with their measured costs and qualities."""
     loaded = Catalog.load(catalog)
-    qualities: dict[str, float] = {}
-    if (loaded.folder / QUALITY_FILE).is_file() and loaded.flops:
-        scores = loaded.quality_table()
-        qualities = dict(zip(scores.candidates, scores.mean_scores.tolist(), strict=True))
+    qualities = loaded.mean_scores() if (loaded.folder / QUALITY_FILE).is_file() else {}
     rows: list[dict[str, Any]] = [
         {
             "name": candidate.name, "model": candidate.model, "unet": candidate.unet, "vae": candidate.vae,
@@ -47,39 +47,46 @@ def list_candidates(
 
     from rich.table import Table
 
-    table = Table(title=f"catalog {loaded.name}: {loaded.metric}, mean over its profiled prompts")
-    numbers = ("steps", "guidance", "GFLOP", loaded.metric)
-    parts = ("unet", *(["vae"] if any(row["vae"] != OWN_VAE for row in rows) else []))
-    for heading in ("candidate", *parts, "precision", "sampler", "options", *numbers):
-        side: Literal["left", "right"] = "right" if heading in numbers else "left"
-        table.add_column(heading, justify=side, no_wrap=heading == "candidate", overflow="fold")
-    devices = list(dict.fromkeys(device for row in rows for device in row["milliseconds"]))
-    sizes = {
-        device: sorted({int(size) for row in rows for size in row["milliseconds"].get(device, {})})
-        for device in devices
-    }  # fmt: skip
-    for device in devices:
-        table.add_column(f"{device}: ms a picture\nat batch {' / '.join(map(str, sizes[device]))}", overflow="fold")
+    table = Table(title=f"catalog {loaded.name}: {loaded.metric}, mean over a candidate's profiled prompts")
+    table.add_column("candidate", no_wrap=True)
+    table.add_column("how it draws")
+    table.add_column("GFLOP", justify="right", no_wrap=True)
+    table.add_column(loaded.metric, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["name"], *(row[part] for part in parts), row["precision"], row["sampler"],
-            " ".join(f"{key}={value}" for key, value in row["options"].items()),
-            str(row["steps"]), _guidance(row["guidance_scale"], row["guidance_rescale"]),
-            "-" if row["gflop"] is None else f"{row['gflop']:.3g}",
+            row["name"], _description(row), "-" if row["gflop"] is None else f"{row['gflop']:.3g}",
             "-" if row["quality"] is None else f"{row['quality']:.4f}",
-            *(_times(row["milliseconds"].get(device, {}), sizes[device]) for device in devices),
         )  # fmt: skip
     results().print(table)
+    for device in dict.fromkeys(device for row in rows for device in row["milliseconds"]):
+        results().print(_times(device, rows))
 
 
-def _guidance(scale: float, rescale: float) -> str:
-    return f"{scale:g}, rescaled {rescale:g}" if rescale else f"{scale:g}"
+def _description(row: dict[str, Any]) -> str:
+    guidance = f"guidance {row['guidance_scale']:g}"
+    if row["guidance_rescale"]:
+        guidance += f" rescaled {row['guidance_rescale']:g}"
+    parts = [row["unet"], *([row["vae"]] if row["vae"] != OWN_VAE else []), row["precision"]]
+    options = [f"{key}={value}" for key, value in row["options"].items()]
+    return ", ".join([f"{row['steps']} steps of {row['sampler']}", guidance, *parts, *options])
 
 
-def _times(times: dict[str, dict[str, Any]], sizes: list[int]) -> str:
-    engines = "/".join(dict.fromkeys(one["engine"] for one in times.values()))
-    values = (f"{times[str(size)]['milliseconds']:.0f}" if str(size) in times else "-" for size in sizes)
-    return f"{' / '.join(values)}  {engines}"
+def _times(device: str, rows: list[dict[str, Any]]) -> Table:
+    """A candidate's milliseconds a picture on a device, by batch size."""
+    from rich.table import Table
+
+    measured = {row["name"]: row["milliseconds"][device] for row in rows if device in row["milliseconds"]}
+    sizes = sorted({int(size) for times in measured.values() for size in times})
+    table = Table(title=f"{device}: ms a picture at batch size")
+    table.add_column("candidate", no_wrap=True)
+    for size in sizes:
+        table.add_column(str(size), justify="right", no_wrap=True)
+    table.add_column("engine")
+    for name, times in measured.items():
+        engines = ", ".join(dict.fromkeys(one["engine"] for one in times.values()))
+        cells = (f"{times[str(size)]['milliseconds']:.0f}" if str(size) in times else "-" for size in sizes)
+        table.add_row(name, *cells, engines)
+    return table
 
 
 def _milliseconds(measured: Milliseconds, candidate: Candidate) -> dict[str, dict[str, dict[str, Any]]]:

@@ -43,6 +43,16 @@ def read_prompts(path: Path) -> tuple[list[str], list[str]]:
     return prompts, problems
 
 
+def check_output(option: str, path: Path) -> None:
+    """Raises ValueError, before work starts, where ``path`` could not be written after it. Makes nothing."""
+    if path.is_dir():
+        raise ValueError(f"{option} is the folder {str(path)!r}; accepted: a file")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "can't be written" if nearest.is_dir() else "is no folder"
+        raise ValueError(f"{option} is {str(path)!r}, but {nearest} {why}; accepted: a file in a folder of yours")
+
+
 def slug(prompt: str) -> str:
     """``prompt`` as part of a file name: a-z, 0-9 and hyphens, 48 characters at most."""
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()

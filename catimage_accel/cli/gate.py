@@ -10,7 +10,7 @@ import typer
 
 from catimage_accel.candidate import QUANTIZED_PRECISIONS
 from catimage_accel.catalog import Catalog
-from catimage_accel.cli.console import loading, progress_bar, results
+from catimage_accel.cli.console import loading, progress_bar, results, say
 from catimage_accel.cli.files import read_prompts
 from catimage_accel.storage import CHECKSUMS_FILE
 
@@ -37,7 +37,9 @@ def gate(
     if not chosen:
         raise ValueError(f"{catalog} has no candidate in {' or '.join(QUANTIZED_PRECISIONS)}; make one with `catimage "
                          f"quantize {catalog} --candidate NAME`")  # fmt: skip
-    texts = read_prompts(prompts)[0] if prompts is not None else list(loaded.ratings().prompts)
+    texts, problems = (list(loaded.ratings().prompts), []) if prompts is None else read_prompts(prompts)
+    for problem in problems:
+        say(problem)
     texts = list(dict.fromkeys(texts))[:number]
     with loading(f"catalog {loaded.name}"):
         from catimage_accel.arguments import find_device

@@ -25,7 +25,7 @@ from catimage_accel.routing.pacing import BudgetPacer
 from catimage_accel.routing.plots import plot_curves
 from catimage_accel.routing.policy import choose, choose_reaching, choose_within_budget, tradeoff_for_budget
 from catimage_accel.routing.ratings import Ratings
-from catimage_accel.routing.reading import read_csv, read_parquet
+from catimage_accel.routing.reading import mean_scores, read_csv, read_parquet
 from catimage_accel.routing.remembering import RememberingEmbedder
 from catimage_accel.routing.routers import ConstantRouter, OracleRouter, RandomMixRouter, Router, check_candidates
 from catimage_accel.routing.table import ScoreTable
@@ -74,6 +74,7 @@ __all__ = [
     "hull_curve",
     "judge",
     "load_router",
+    "mean_scores",
     "minilm_installed",
     "oracle_curve",
     "plot_curves",

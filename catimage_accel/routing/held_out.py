@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from catimage_accel.routing.ratings import Ratings
 from catimage_accel.routing.routers import Router
-from catimage_accel.routing.table import ScoreTable
+from catimage_accel.routing.table import ScoreTable, plain_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +37,9 @@ def predict_held_out(
 ) -> HeldOut:
     """Fit on some prompts, predict others: by ``folds`` of the prompts, or for ``test`` from all of ``table``.
 
-    Only prompts with all candidates are predicted. Those that lack some are learnt from in every fold, with what is
-    missing imputed from that fold's training prompts alone. Errors as in ``Ratings`` and ``ScoreTable.fold_rows``.
+    Only prompts with all candidates are predicted. Those that lack some are learnt from in every fold that does not
+    hold the same prompt out, with what is missing imputed from that fold's training prompts alone. Errors as in
+    ``Ratings`` and ``ScoreTable.fold_rows``.
     """
     ratings, judged = Ratings.of(table), Ratings.of(table if test is None else test)
     complete = judged.complete()
@@ -53,7 +53,9 @@ def predict_held_out(
     partial = np.setdiff1d(np.arange(len(ratings)), rows)
     predicted, fold = np.empty_like(complete.scores), np.empty(len(complete), dtype=np.intp)
     for number, (training_rows, held_out) in enumerate(complete.fold_rows(folds, seed)):
-        training = ratings.select(np.sort(np.concatenate([rows[training_rows], partial])))
+        judged_here = {plain_text(complete.prompts[row]) for row in held_out}
+        learnt = [row for row in partial if plain_text(ratings.prompts[row]) not in judged_here]
+        training = ratings.select(np.sort(np.concatenate([rows[training_rows], np.array(learnt, dtype=np.intp)])))
         router = router_factory().fit(training.imputed())
         predicted[held_out] = router.predict([complete.prompts[row] for row in held_out])
         fold[held_out] = number
@@ -67,14 +69,10 @@ def training_for(training: Ratings, judged: Ratings) -> tuple[Ratings, int]:
     prompts are left.
     """
     training = training.reordered(judged.candidates)
-    seen = {_plain(prompt) for prompt in judged.prompts}
-    rows = [row for row, prompt in enumerate(training.prompts) if _plain(prompt) not in seen]
+    seen = {plain_text(prompt) for prompt in judged.prompts}
+    rows = [row for row, prompt in enumerate(training.prompts) if plain_text(prompt) not in seen]
     if not rows:
         raise ValueError(
             f"all {len(training)} training prompts are among the {len(judged)} test prompts, expected others"
         )
     return training.select(rows), len(training) - len(rows)
-
-
-def _plain(prompt: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())

@@ -54,11 +54,29 @@ def read_csv(path: str | Path) -> Ratings:
 def read_parquet(path: str | Path, costs: Mapping[str, float], metric: str) -> Ratings:
     """Read columns prompt, candidate, seed, metric, score (others are ignored): the mean over the seeds.
 
-    ``costs`` names the candidates, in the table's order; rows of other metrics are skipped, pairs may be missing.
-    FileNotFoundError when there is no such file; ValueError for a file that is not whole, a missing column, a metric
-    that it does not hold, candidates other than those of ``costs``, a row that stands there twice, or a score that is
-    not finite.
+    ``costs`` names the candidates, in the table's order; rows of other metrics and candidates are skipped, pairs may be
+    missing. FileNotFoundError when there is no such file; ValueError for a file that is not whole, a missing column, a
+    metric that it does not hold, a candidate without any score, a row that stands there twice, or a score that is not
+    finite.
     """
+    samples = [sample for sample in _samples(path, metric) if sample[1] in costs]
+    unscored = [candidate for candidate in costs if candidate not in {name for _, name, _ in samples}]
+    if unscored:
+        raise ValueError(
+            f"{path} has no score of {', '.join(unscored)}; score every candidate with `catimage profile` first"
+        )
+    return _averaged(samples, costs, None)
+
+
+def mean_scores(path: str | Path, metric: str) -> dict[str, float]:
+    """Candidate -> the mean over the prompts that it has scores of. Errors as ``read_parquet``'s."""
+    samples = _samples(path, metric)
+    ratings = _averaged(samples, dict.fromkeys((candidate for _, candidate, _ in samples), 1.0), None)
+    return dict(zip(ratings.candidates, np.nanmean(ratings.scores, axis=0).tolist(), strict=True))
+
+
+def _samples(path: str | Path, metric: str) -> list[tuple[str, str, float]]:
+    """(prompt, candidate, score) of each row with this metric."""
     import pyarrow
     import pyarrow.parquet
 
@@ -77,19 +95,13 @@ def read_parquet(path: str | Path, costs: Mapping[str, float], metric: str) -> R
     samples = [(prompt, candidate, math.nan if score is None else score)
                for prompt, candidate, _, name, score in rows if name == metric]  # fmt: skip
     check_distinct(f"{path}: (prompt, candidate, seed)", [row[:3] for row in rows if row[3] == metric])
-    found = {candidate for _, candidate, _ in samples}
-    if found != set(costs):
-        raise ValueError(
-            f"{path} holds scores of the candidates {', '.join(sorted(found))}, "
-            f"but costs are given for {', '.join(sorted(costs))}"
-        )
     for prompt, candidate, score in samples:
         if not math.isfinite(score):
             raise ValueError(
                 f"{path}: the score of prompt {prompt!r} with candidate {candidate!r} is {score}, "
                 f"expected a finite number"
             )
-    return _averaged(samples, costs, None)
+    return samples
 
 
 def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, str]]]:

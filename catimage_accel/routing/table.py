@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -76,37 +77,58 @@ class ScoreTable:
     def folds(self, number: int, seed: int = 0) -> list[tuple[ScoreTable, ScoreTable]]:
         """``number`` pairs (training, held out) in which every prompt is held out once.
 
-        A prompt's fold follows from its text and the other prompts' texts, never from the order of the rows.
+        A prompt's fold follows from its text and the other prompts' texts, never from the order of the rows. Prompts
+        with the same :func:`plain_text` are held out together.
         """
         return [(self.select(train), self.select(held_out)) for train, held_out in self.fold_rows(number, seed)]
 
     def fold_rows(self, number: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
         """As ``folds``, but the rows' positions."""
-        if not 2 <= number <= len(self):
-            raise ValueError(f"{number} folds of {len(self)} prompts, expected between 2 and the number of prompts")
         shuffled = self._shuffled_rows(seed)
-        return [
-            (np.sort(np.concatenate([*parts[:i], *parts[i + 1 :]])), np.sort(parts[i]))
-            for parts in [np.array_split(shuffled, number)]
-            for i in range(number)
-        ]
+        if not 2 <= number <= len(shuffled):
+            raise ValueError(
+                f"{number} folds of {len(shuffled)} different prompts, expected between 2 and the number of prompts"
+            )
+        parts = [_flat(shuffled[part[0] : part[-1] + 1]) for part in np.array_split(np.arange(len(shuffled)), number)]
+        return [(_flat([*parts[:i], *parts[i + 1 :]]), held_out) for i, held_out in enumerate(parts)]
 
     def split(self, held_out_share: float, seed: int = 0) -> tuple[ScoreTable, ScoreTable]:
-        """(training, held out); ``held_out_share`` in (0, 1) of the prompts, each part keeping at least one."""
-        if not 0 < held_out_share < 1 or len(self) < 2:
-            raise ValueError(
-                f"cannot hold out a share of {held_out_share} of {len(self)} prompts, expected a share between 0 and 1 "
-                f"(both excluded) of at least 2 prompts"
-            )
-        held_out = min(max(round(len(self) * held_out_share), 1), len(self) - 1)
+        """(training, held out); ``held_out_share`` in (0, 1) of the prompts, each part keeping at least one.
+
+        Prompts with the same :func:`plain_text` stay together.
+        """
         shuffled = self._shuffled_rows(seed)
-        return self.select(np.sort(shuffled[held_out:])), self.select(np.sort(shuffled[:held_out]))
+        if not 0 < held_out_share < 1 or len(shuffled) < 2:
+            raise ValueError(
+                f"cannot hold out a share of {held_out_share} of {len(shuffled)} different prompts, expected a share "
+                f"between 0 and 1 (both excluded) of at least 2 prompts"
+            )
+        held_out = min(max(round(len(shuffled) * held_out_share), 1), len(shuffled) - 1)
+        return self.select(_flat(shuffled[held_out:])), self.select(_flat(shuffled[:held_out]))
 
-    def _shuffled_rows(self, seed: int) -> np.ndarray:
-        def digest(prompt: str) -> bytes:
-            return hashlib.blake2b(f"{seed}\0{prompt}".encode(errors="surrogatepass"), digest_size=16).digest()
+    def _shuffled_rows(self, seed: int) -> list[list[int]]:
+        """The rows of each different prompt, in an order that follows from their texts."""
 
-        return np.array(sorted(range(len(self)), key=lambda row: digest(self.prompts[row])), dtype=np.intp)
+        def digest(row: int) -> bytes:
+            text = f"{seed}\0{self.prompts[row]}"
+            return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+        rows: dict[str, list[int]] = {}
+        for row in sorted(range(len(self)), key=digest):
+            rows.setdefault(plain_text(self.prompts[row]), []).append(row)
+        return list(rows.values())
+
+
+def _flat(parts: Iterable[Iterable[int]]) -> np.ndarray:
+    return np.sort(np.array([row for part in parts for row in part], dtype=np.intp))
+
+
+def plain_text(prompt: str) -> str:
+    """The prompt without what does not make it another one: case, width of characters, white space around words.
+
+    What was learnt of one spelling must not be judged on another.
+    """
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -144,7 +144,7 @@ def test_without_headroom_there_is_no_gain_share() -> None:
     ("table", "options", "said"),
     [
         pytest.param(TABLE.restrict(["4 steps"]), {}, "candidates 4 steps all cost 4", id="one candidate"),
-        pytest.param(TABLE.select(range(3)), {}, "5 folds of 3 prompts", id="fewer prompts than folds"),
+        pytest.param(TABLE.select(range(3)), {}, "5 folds of 3 different prompts", id="fewer prompts than folds"),
         pytest.param(TABLE, {"resamples": 0}, "resamples is 0", id="no resamples"),
         pytest.param(TABLE, {"confidence": 95}, "confidence 95", id="confidence in per cent"),
     ],

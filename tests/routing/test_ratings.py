@@ -64,6 +64,14 @@ def test_partial_prompts_are_learnt_from_and_not_judged() -> None:
         np.testing.assert_allclose(made.predicted[made.fold == fold], np.tile(expected, (len(held_out), 1)))
 
 
+def test_partial_prompts_are_not_learnt_from_where_another_spelling_is_judged() -> None:
+    prompts = ("a dog", "a cat", "A  DOG")
+    found = Ratings(prompts, ("cheap", "dear"), np.array([[1, 2], [3, 4], [9, math.nan]]), np.array([1.0, 2.0]))
+    made = predict_held_out(ConstantRouter, found, folds=2)
+    np.testing.assert_allclose(made.predicted[made.table.prompts.index("a dog")], [3, 4])
+    assert made.predicted[made.table.prompts.index("a cat"), 0] == 5  # of 1 and 9
+
+
 @pytest.mark.parametrize(
     ("scores", "said"),
     [

@@ -8,8 +8,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from catimage_accel.routing import ScoreTable, read_csv, read_parquet
+from catimage_accel.routing.table import plain_text
 
 RATINGS = Path(__file__).parent / "data" / "genai_bench_200.csv"
 HEADER = "prompt_id,prompt,candidate,score,cost\n"
@@ -109,7 +112,7 @@ def test_parquet_means_over_seeds_of_one_metric(tmp_path: Path) -> None:
     ("rows", "costs", "metric", "said"),
     [
         pytest.param([("a", "x", 0, "clip", 1.0)], {"x": 1.0}, "fid", "'fid', only of clip", id="unknown metric"),
-        pytest.param([("a", "x", 0, "clip", 1.0)], {"z": 1.0}, "clip", "s x, but .* for z", id="other catalog"),
+        pytest.param([("a", "x", 0, "clip", 1.0)], {"z": 1.0}, "clip", "no score of z; score", id="not profiled"),
         pytest.param([("a", "x", 0, "clip", 1.0)] * 2, {"x": 1.0}, "clip", "stands there twice", id="profiled twice"),
         pytest.param([("a", "x", 0, "clip", None), ("b", "x", 0, "clip", 1.0)], {"x": 1.0}, "clip", "nan", id="null"),
     ],
@@ -117,6 +120,12 @@ def test_parquet_means_over_seeds_of_one_metric(tmp_path: Path) -> None:
 def test_parquet_refuses(tmp_path: Path, rows: list, costs: dict, metric: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         read_parquet(write_scores(tmp_path / "q.parquet", rows), costs, metric).whole(tmp_path)
+
+
+def test_parquet_rows_of_a_candidate_that_is_gone_are_skipped(tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "q.parquet", [("a", "x", 0, "clip", 0.2), ("b", "gone", 0, "clip", 0.4)])
+    table = read_parquet(path, {"x": 1.0}, "clip").whole(tmp_path)
+    assert (table.prompts, table.candidates, table.scores.tolist()) == (("a",), ("x",), [[0.2]])
 
 
 def test_parquet_cut_off_by_a_crash(tmp_path: Path) -> None:
@@ -139,6 +148,23 @@ def test_folds_hold_every_prompt_out_once_whatever_the_row_order() -> None:
     assert [set(part.prompts) for _, part in shuffled.folds(7)] == held_out
 
 
+SPELLINGS = ("a dog", "A dog", " a  dog ", "a cat", "A CAT", "bee", "Bee", "\uff42\uff45\uff45")  # the last is wide
+
+
+@given(prompts=st.lists(st.sampled_from(SPELLINGS), unique=True), number=st.integers(2, 3))
+def test_spellings_of_one_prompt_are_held_out_together(prompts: list[str], number: int) -> None:
+    different = len({plain_text(prompt) for prompt in prompts})
+    assume(different >= number)
+    table = ScoreTable(tuple(prompts), ("x",), np.ones((len(prompts), 1)), np.ones(1))
+    folds = table.folds(number)
+    for training, held_out in [*folds, table.split(0.5)]:
+        assert not {plain_text(one) for one in training.prompts} & {plain_text(one) for one in held_out.prompts}
+        assert len(training) + len(held_out) == len(prompts)
+    assert sorted(one for _, held_out in folds for one in held_out.prompts) == sorted(prompts)
+    with pytest.raises(ValueError, match=f"folds of {different} different prompts"):
+        table.folds(different + 1)
+
+
 def test_split_restrict_and_their_errors() -> None:
     table = small_table()
     training, held_out = table.split(0.01)
@@ -146,7 +172,7 @@ def test_split_restrict_and_their_errors() -> None:
     assert table.restrict(["dear"]).scores.shape == (3, 1)
     with pytest.raises(ValueError, match="no candidate 'x' in the table, which has cheap, dear"):
         table.restrict(["x"])
-    with pytest.raises(ValueError, match="4 folds of 3 prompts"):
+    with pytest.raises(ValueError, match="4 folds of 3 different prompts"):
         table.folds(4)
     with pytest.raises(ValueError, match=r"share of 1\.5"):
         table.split(1.5)

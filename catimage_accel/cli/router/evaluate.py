@@ -10,6 +10,7 @@ import typer
 
 from catimage_accel.catalog import Catalog
 from catimage_accel.cli.console import progress_bar, say
+from catimage_accel.cli.files import check_output
 from catimage_accel.cli.router.options import (
     Features,
     FeaturesOption,
@@ -44,7 +45,7 @@ def evaluate_routers(
     k: Neighbours = None,
     shrinkage: Shrinkage = None,
     folds: Annotated[int, typer.Option(min=2, help="Parts that the prompts are split into, each held out once.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of folds and bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of folds and bootstrap.")] = 0,
     resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = 1000,
     plot: Annotated[Path | None, typer.Option(help="Draw the deferral curves: .png, .svg or .pdf.")] = None,
     json_file: Annotated[
@@ -121,5 +122,5 @@ def _check_outputs(plot: Path | None, json_file: Path | None) -> None:
     if plot is not None and plot.suffix.lower() not in FORMATS:
         raise ValueError(f"--plot is {str(plot)!r}; accepted: a file that ends in {', '.join(FORMATS)}")
     for name, path in (("--plot", plot), ("--json", json_file)):
-        if path is not None and path.is_dir():
-            raise ValueError(f"{name} is the folder {str(path)!r}; accepted: a file")
+        if path is not None and path != STANDARD_OUTPUT:
+            check_output(name, path)
