@@ -2,7 +2,7 @@
 
     python bench/bench_snapfusion.py [--catalog emoji] [--number 2000] [--candidate NAME ...] [--work out/snapfusion]
 
-Held-out captions that nothing was chosen on are drawn by every candidate, each caption from the same noise, with the
+Captions of held-out combinations of nouns are drawn by every candidate, each caption from the same noise, with the
 engine that the catalog names as the fastest here. Told are, with 95% intervals by a bootstrap over captions: CLIPScore
 by the judge; FID over the judge's image features, against rendered scenes of the same captions; how often the judge
 picks the true caption among 16; and each one's difference from the first candidate. (A resample repeats captions, which
