@@ -125,7 +125,7 @@ def swapped_forwards(pipe: Any) -> Iterator[tuple[str, CompiledForward | Graphed
 
 
 def deep_cache_interval(pipe: Any) -> int:
-    """How many steps the UNet's deep features serve."""
+    """How many steps the UNet's deep features serve at most."""
     slot = _slot(unwrapped(pipe.unet))
     return slot.run.interval if slot is not None and isinstance(slot.run, DeepCachedForward) else 1
 

@@ -37,7 +37,7 @@ class AccelerationReport:
     geglu: tuple[str, ...]
     compiled: dict[str, str]  # path of a whole model -> mode of torch.compile
     cuda_graphs: tuple[str, ...]  # whole models that CUDA graphs replay on a CUDA device
-    deep_cache_interval: int  # steps that the UNet's deep features serve; 1 where each step makes its own
+    deep_cache_interval: int  # steps that the UNet's deep features serve at most; 1 where each step makes its own
     left_alone: dict[str, str]  # module path -> why
 
 

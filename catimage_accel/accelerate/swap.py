@@ -54,8 +54,9 @@ def accelerate(
     Args:
         pipe: The pipeline.
         tier: "lossless": the same maths, only rounding differs. "high" and "fast" also keep what lies deep in the
-            UNet for 2 and 3 steps (DeepCache, arXiv 2312.00858), never for a loop's last, and draw other pictures:
-            on the built-in teacher a little worse in 25 steps, in 10 "fast" clearly so (the README says how much).
+            UNet for 2 and 3 steps (DeepCache, arXiv 2312.00858), never for a loop's last, and draw other pictures, a
+            little worse on the built-in teacher (the README says how much). Loops of fewer than 20 steps keep it for 2
+            at most, of fewer than 10 not at all.
         compile: True, or a mode of ``torch.compile``: compiles UNet, ControlNets and decoder in place, each as one
             graph (``fullgraph=True``), without wrapping them: types and ``state_dict`` keys stay. A first call takes a
             minute or more; another batch or picture size compiles once more, then for any; LoRA that comes or goes
