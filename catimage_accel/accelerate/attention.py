@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
+from torch.utils._device import DeviceContext
 
 from catimage_accel.accelerate.modules import named_like
 from catimage_accel.accelerate.text_cache import TextCache
@@ -40,8 +42,9 @@ class FusedAttnProcessor(AttnProcessor2_0):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Arguments and result are those of ``AttnProcessor2_0``, which also runs where there is a mask."""
-        if attention_mask is not None:
+        """Arguments and result are those of ``AttnProcessor2_0``, which also runs where there is a mask, and where
+        someone may be replacing torch's attention."""
+        if attention_mask is not None or _overrides_torch():
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -104,6 +107,14 @@ class FusedAttention(Attention):
             forget_text(self)
 
 
+def _overrides_torch() -> bool:
+    """Whether torch's functions are replaced, as diffusers' perturbed attention does by a ``TorchFunctionMode``."""
+    if torch.compiler.is_compiling() or not _len_torch_function_stack():
+        return False
+    # ``torch.set_default_device`` is such a mode, too
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
 def forget_text(layer: Attention) -> None:
     """What the layer's processor keeps of prompts."""
     processor = getattr(layer, "processor", None)
@@ -131,10 +142,15 @@ def swap_attention(component: Any) -> None:
 
 
 def restore_attention(component: Any) -> None:
-    """The original processor objects."""
-    component.set_attn_processor(
-        {
-            name: processor.original if type(processor) is FusedAttnProcessor else processor
-            for name, processor in component.attn_processors.items()
-        }
-    )
+    """The original processor objects, those that ``unfuse_qkv_projections`` would bring back included."""
+    component.set_attn_processor(_originals(component.attn_processors))
+    before_fusing = getattr(component, "original_attn_processors", None)
+    if before_fusing:
+        component.original_attn_processors = _originals(before_fusing)
+
+
+def _originals(processors: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: processor.original if type(processor) is FusedAttnProcessor else processor
+        for name, processor in processors.items()
+    }

@@ -6,6 +6,7 @@ still. The UNet's own ``forward`` runs as ever, so ControlNets, FreeU, LoRA, IP-
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ INTERVALS = {"lossless": 1, "high": 2, "fast": 3}
 OLDEST = 10
 """No features are used that are older than one step in so many of the loop: what changes from one of a few steps to the
 next is too much for it."""
-MAX_TEXTS = 2  # guided pipelines that call the UNet once for each half alternate between two
+MAX_TEXTS = 2  # a thread's: guided pipelines that call the UNet once for each half alternate between two
 
 
 class DeepFeatures:
@@ -48,10 +49,11 @@ class _Denoising:
     """Where the denoising of one text is."""
 
     text: weakref.ref[Tensor]
-    kind: tuple[Any, ...]
+    kind: tuple[Any, ...]  # with the thread: two of them may draw the same
     place: Any
     age: int
     kept: Tensor | None
+    repeats: bool  # there is more than one pass a step, and no telling which of them a call is
 
 
 class DeepCachedForward:
@@ -61,21 +63,28 @@ class DeepCachedForward:
 
     A loop is told by its calls: the very same text tensor, latents of one shape, and timesteps that go on, which they
     do where each lies behind the one before in the same tensor (as in ``for t in scheduler.timesteps``) or is a smaller
-    number. Every other call is a refresh, so a loop that makes a tensor of every timestep is right and no faster. The
-    number of steps and the last of them are known where timesteps are parts of one tensor.
-    Calls with gradients or T2I-Adapters, and those that are traced or captured, run whole.
+    number. Every other call is a refresh, so a loop that makes a tensor of every timestep, or passes one text several
+    times a step (perturbed attention), is right and no faster. The number of steps and the last of them are known where
+    timesteps are parts of one tensor.
+    Calls with gradients or T2I-Adapters, and those that are traced or captured, run whole. Threads take turns: what is
+    kept belongs to the UNet, whose blocks ask for it.
     """
 
     def __init__(self, inner: Callable[..., Any], features: DeepFeatures, interval: int) -> None:
         self.inner, self.interval = inner, interval
         self._features = features
         self._running: tuple[_Denoising, ...] = ()
+        self._turn = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DeepCachedForward, (self.inner, self._features, self.interval)
 
     def __call__(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Arguments and result are those of the UNet's ``forward``."""
+        with self._turn:
+            return self._run(sample, timestep, encoder_hidden_states, *args, **kwargs)
+
+    def _run(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         features = self._features
         denoising = None
         if _takes(sample, encoder_hidden_states, kwargs):
@@ -95,24 +104,29 @@ class DeepCachedForward:
 
     def _find(self, sample: Tensor, timestep: Any, text: Tensor) -> _Denoising:
         """The loop that this call belongs to, at the age of its features: 0 where they have to be made."""
-        kind = (sample.shape, sample.dtype, sample.device)
+        thread = threading.get_ident()
+        kind = (thread, sample.shape, sample.dtype, sample.device)
         place = _place(timestep)
         for one in self._running:
             if one.text() is text and one.kind == kind and _goes_on(one.place, place):
                 one.place = place
                 interval = _interval(timestep, self.interval)
-                one.age = 0 if one.kept is None or _is_last(timestep) else (one.age + 1) % interval
+                fresh = one.kept is None or one.repeats or _is_last(timestep)
+                one.age = 0 if fresh else (one.age + 1) % interval
                 return one
         this = weakref.ref(self)
 
         def forget_text(dead: weakref.ref[Tensor]) -> None:
             forward = this()
             if forward is not None:
-                forward._running = tuple(one for one in forward._running if one.text is not dead)
+                with forward._turn:
+                    forward._running = tuple(one for one in forward._running if one.text is not dead)
 
-        new = _Denoising(weakref.ref(text, forget_text), kind, place, 0, None)
-        others = [one for one in self._running if one.text() is not text]
-        self._running = (new, *others)[:MAX_TEXTS]
+        mine = [one for one in self._running if one.kind[0] == thread]
+        repeats = any(one.text() is text and one.place == place for one in mine)
+        new = _Denoising(weakref.ref(text, forget_text), kind, place, 0, None, repeats)
+        others = [one for one in self._running if one.kind[0] != thread]
+        self._running = (new, *[one for one in mine if one.text() is not text][: MAX_TEXTS - 1], *others)
         return new
 
 
@@ -184,7 +198,7 @@ def _keeping(plain: Callable[..., Any]) -> Callable[..., Any]:
         result = plain(self, hidden_states, *args, **kwargs)
         features = _features_of(self)
         if features is not None:
-            features.kept = result
+            features.kept = _own(self, result)
         return result
 
     return forward
@@ -200,8 +214,13 @@ def _nothing_but_skips(block: Any, hidden_states: Tensor) -> tuple[Tensor, tuple
     return hidden_states, (_nothing(block, hidden_states),) * number
 
 
-def _kept(block: Any, hidden_states: Tensor) -> Tensor | None:
-    return block.deep_features.kept
+def _kept(block: Any, hidden_states: Tensor) -> Tensor:
+    return _own(block, block.deep_features.kept)
+
+
+def _own(block: Any, features: Tensor) -> Tensor:
+    """``features``, safe from the block after: FreeU scales in place what it is given."""
+    return features if getattr(block, "b1", None) is None else features.clone()
 
 
 @named_like(DownBlock2D)

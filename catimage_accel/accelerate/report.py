@@ -19,6 +19,7 @@ from catimage_accel.accelerate.forwards import deep_cache_interval, swapped_forw
 from catimage_accel.accelerate.modules import components, text_encoders
 from catimage_accel.accelerate.norms import FusedGroupNorm, FusedLayerNorm, takes_sums
 from catimage_accel.accelerate.resnet import FusedResnetBlock2D
+from catimage_accel.accelerate.text_cache import says_all
 from catimage_accel.accelerate.transformer import NORMS, FusedGEGLU, FusedTransformerBlock
 from catimage_accel.kernels.attention import MAX_TRITON_HEAD_DIM
 
@@ -28,7 +29,7 @@ class AccelerationReport:
     """What runs on the fused kernels. Names are module paths, from the pipeline's component on."""
 
     attention: tuple[str, ...]
-    text_cache: tuple[str, ...]  # those of ``attention`` that project a prompt once
+    text_cache: tuple[str, ...]  # those of ``attention`` that project a prompt once, however many the steps
     group_norm: tuple[str, ...]
     group_norm_silu: tuple[str, ...]
     group_norm_shift: tuple[str, ...]  # those of the two above that add a time embedding
@@ -49,6 +50,9 @@ def acceleration_report(pipe: Any) -> AccelerationReport:
     """
     found = _Found()
     for root, component in components(pipe):
+        found.new_texts = getattr(component.config, "encoder_hid_dim_type", None) in NEW_TEXTS
+        if found.new_texts:
+            found.left_alone[f"{root}.encoder_hid_proj"] = "it makes a new text in each call, which is projected anew"
         for name, module in component.named_modules():
             _look_at(module, f"{root}.{name}", found)
     for root, encoder in text_encoders(pipe):
@@ -69,6 +73,7 @@ KINDS = (
 )  # fmt: skip
 
 
+NEW_TEXTS = ("text_proj", "text_image_proj", "image_proj")
 CAUSAL = "its attention has a causal mask, which the kernel has not"
 
 
@@ -76,6 +81,7 @@ CAUSAL = "its attention has a causal mask, which the kernel has not"
 class _Found:
     fused: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     left_alone: dict[str, str] = field(default_factory=dict)
+    new_texts: bool = False
 
 
 def attention_layers(pipe: Any) -> Iterator[tuple[str, Attention]]:
@@ -104,8 +110,12 @@ def _look_at(module: nn.Module, path: str, found: _Found) -> None:
 def _look_at_attention(layer: Attention, path: str, found: _Found) -> None:
     if type(layer.processor) is FusedAttnProcessor:
         found.fused["attention"].append(path)
-        if type(layer) is FusedAttention and layer.is_cross_attention and not layer.norm_cross:
+        if type(layer) is not FusedAttention or not layer.is_cross_attention or layer.norm_cross or found.new_texts:
+            return
+        if says_all(layer.to_k) and says_all(layer.to_v):
             found.fused["text_cache"].append(path)
+        else:
+            found.left_alone[f"{path}.to_k"] = "it or to_v is wrapped or hooked, as by LoRA: it projects in each call"
     elif type(layer.processor) is not AttnProcessor2_0:
         found.left_alone[path] = f"its processor is a {type(layer.processor).__name__}"
     elif head_dim(layer) > MAX_TRITON_HEAD_DIM:

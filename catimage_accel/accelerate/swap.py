@@ -15,6 +15,7 @@ from torch import nn
 from catimage_accel.accelerate import deep_cache
 from catimage_accel.accelerate.attention import FusedAttention, FusedAttnProcessor, restore_attention, swap_attention
 from catimage_accel.accelerate.forwards import check_forwards, compile_mode, restore_forwards, swap_forwards
+from catimage_accel.accelerate.layer_skip import register_layer_skip
 from catimage_accel.accelerate.modules import components, text_encoders
 from catimage_accel.accelerate.norms import FusedGroupNorm, FusedLayerNorm, FusedSiLU
 from catimage_accel.accelerate.report import attention_layers
@@ -82,6 +83,7 @@ def accelerate(
     mode = compile_mode(compile, cuda_graphs)
     models = list(components(pipe))
     check_forwards(pipe, tier, mode, cuda_graphs)
+    register_layer_skip()
     for _, encoder in text_encoders(pipe):
         from catimage_accel.accelerate.text_encoder import swap_text_encoder  # transformers is slow to import
 

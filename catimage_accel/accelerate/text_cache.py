@@ -78,6 +78,11 @@ class TextCache:
         return keys, values
 
 
+def says_all(projection: nn.Module) -> bool:
+    """Whether the weights say what is computed: layers of other classes (LoRA, quantised) compute more."""
+    return type(projection) is nn.Linear and not is_hooked(projection)
+
+
 def _sources(to_k: nn.Module, to_v: nn.Module) -> list[Any]:
     found = [to_k, to_k.weight, to_k.bias, to_v, to_v.weight, to_v.bias]
     return [source for source in found if source is not None]
@@ -93,8 +98,7 @@ def _stamp(to_k: nn.Module, to_v: nn.Module, text: Tensor) -> tuple[Any, ...] | 
         or is_in_torch_dispatch_mode()
     ):
         return None
-    # Layers of other classes (LoRA, quantised) compute more than their weights say.
-    if type(to_k) is not nn.Linear or type(to_v) is not nn.Linear or is_hooked(to_k) or is_hooked(to_v):
+    if not (says_all(to_k) and says_all(to_v)):
         return None
     tensors = [text, *(source for source in _sources(to_k, to_v) if isinstance(source, Tensor))]
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,6 +138,12 @@ def the_last_of_an_even_number(unet: Any) -> None:
     loop(unet, TIMES[:10].clone())  # every other one, and the tenth
 
 
+def perturbed_attention(unet: Any) -> None:
+    for index in range(3):  # two passes a step with one text, which nothing tells apart
+        loop(unet, TIMES[index : index + 1])
+        loop(unet, TIMES[index : index + 1])
+
+
 def numbers(unet: Any) -> None:
     loop(unet, [900, 700.0, 500])
 
@@ -167,8 +174,8 @@ def with_an_adapter(unet: Any) -> None:
     ("calls", "number"),
     [
         (again_from_the_start, 2), (another_text, 2), (another_size, 2), (halves_of_the_guidance_in_turn, 2),
-        (the_last_of_an_even_number, 6), (numbers, 2), (numbers_that_rise, 2), (a_tensor_a_step, 3),
-        (with_gradients, 2), (with_an_adapter, 2),
+        (the_last_of_an_even_number, 6), (perturbed_attention, 6), (numbers, 2), (numbers_that_rise, 2),
+        (a_tensor_a_step, 3), (with_gradients, 2), (with_an_adapter, 2),
     ],
     ids=lambda value: value.__name__.replace("_", " ") if callable(value) else "",
 )  # fmt: skip
@@ -194,6 +201,26 @@ def test_a_call_that_fails_is_followed_by_a_refresh(pipe: SimpleNamespace, refre
         loop(pipe.unet, TIMES[1:2], added_cond_kwargs={}, sample=torch.zeros(1, 3, 8, 8))
     loop(pipe.unet, TIMES[2:3])
     assert len(refreshes) == 2
+
+
+def test_threads_take_turns(pipe: SimpleNamespace) -> None:
+    accelerate(pipe, tier="high")
+    samples = [SAMPLE * factor for factor in (1, 2, 3)]
+    texts = [TEXT * factor for factor in (1, 2, 3)]
+    alone = [loop(pipe.unet, sample=sample, text=text) for sample, text in zip(samples, texts, strict=True)]
+    with ThreadPoolExecutor(3) as threads:
+        made = list(threads.map(lambda index: loop(pipe.unet, sample=samples[index], text=texts[index]), range(3)))
+    torch.testing.assert_close(made, alone, atol=1e-5, rtol=0)
+
+
+def test_freeu_scales_a_copy(pipe: SimpleNamespace) -> None:
+    """In a UNet of two up blocks it scales, in place, the very features that are kept."""
+    pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    accelerate(pipe, tier="fast")
+    features: list[Tensor] = []
+    pipe.unet.up_blocks[0].register_forward_hook(lambda *call: features.append(call[-1].clone()))
+    loop(pipe.unet, LONG[:3])
+    torch.testing.assert_close(features[1:], [features[0]] * 2, atol=0, rtol=0)
 
 
 def test_odd_sizes(pipe: SimpleNamespace) -> None:

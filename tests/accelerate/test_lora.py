@@ -135,6 +135,14 @@ def test_what_is_saved_stays(sd: StableDiffusionPipeline, lora: Path, tmp_path: 
     torch.testing.assert_close(again, saved, atol=0, rtol=0)
 
 
+def test_the_report_says_that_lora_projects_the_prompt_in_every_step(sd: StableDiffusionPipeline, lora: Path) -> None:
+    cached = acceleration_report(accelerate(sd)).text_cache
+    loaded(sd, lora)
+    report = acceleration_report(sd)
+    assert not report.text_cache
+    assert {f"{name}.to_k" for name in cached} <= set(report.left_alone)
+
+
 def test_restore_keeps_the_lora_and_unloading_the_kernels(sd: StableDiffusionPipeline, lora: Path) -> None:
     draw(sd)
     before, report = state(sd), acceleration_report(accelerate(sd))

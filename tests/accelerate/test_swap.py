@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from pictures import draw, state
 from torch import nn
+from unets import tiny_unet
 
 from catimage_accel.accelerate import AccelerationReport, accelerate, acceleration_report, restore
 from catimage_accel.accelerate.report import CAUSAL
@@ -60,6 +62,22 @@ def test_the_kernels_run(sd: StableDiffusionPipeline, monkeypatch: pytest.Monkey
         launched = on_triton(monkeypatch, *ops)
         torch.testing.assert_close(sd.unet(sample, 500, text).sample, expected, atol=1e-4, rtol=0)
     assert set(launched) == ops
+
+
+def test_projections_fused_meanwhile_do_not_bring_processors_back(sd: StableDiffusionPipeline) -> None:
+    before = sd.unet.attn_processors
+    accelerate(sd).fuse_qkv_projections()
+    restore(sd).unfuse_qkv_projections()
+    assert sd.unet.attn_processors == before
+
+
+def test_the_report_names_a_unet_that_makes_texts_of_its_own() -> None:
+    """As Kolors' does, whose prompt is projected in every step."""
+    unet = tiny_unet(encoder_hid_dim_type="text_proj", encoder_hid_dim=16)
+    report = acceleration_report(accelerate(SimpleNamespace(unet=unet)))
+    assert report.attention
+    assert not report.text_cache
+    assert "projected anew" in report.left_alone["unet.encoder_hid_proj"]
 
 
 def test_saves_what_it_would_have_saved(sd: StableDiffusionPipeline, tmp_path: Path) -> None:
