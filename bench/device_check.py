@@ -3,11 +3,12 @@
     python bench/device_check.py
 
 from a plain checkout: torch and triton are enough, nothing needs to be installed. After the device's ceilings come five
-stages (correctness, tuning, correctness of odd shapes with what was tuned, benchmarks, compute-sanitizer where it is),
-each with a time budget that together stay under nine minutes; what a stage has when its time is out is kept. Where
-only some stages are asked for, they share the time of all. Results go to ``bench/results/<device>/<date>.json``, or to
-the folder that the environment variable OUT names; tuned launch configs go where the kernels look for them, and beside
-the results. A table comes last.
+stages: correctness, tuning, correctness of odd shapes with what was tuned, benchmarks, compute-sanitizer where it is.
+All of it, the compiling of the CUDA kernels included, takes under nine minutes: a stage gets its share of what is
+left when it begins, and what it has when its time is out is kept. Shapes that an earlier run tuned come last, and their
+configs stay. Where only some stages are asked for, they share the time of all. Results go to
+``bench/results/<device>/<date>.json``, or to the folder that the environment variable OUT names; tuned launch configs
+go where the kernels look for them, and beside the results. A table comes last.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from checkout import ROOT, map_kernels
 
-SECONDS = {"correctness": 110.0, "tuning": 185.0, "tuned": 30.0, "benchmarks": 165.0, "sanitizer": 35.0}
+SECONDS = 530.0  # of all stages and what comes before; a row that is begun is ended
+SHARES = {"correctness": 23, "tuning": 31, "tuned": 7, "benchmarks": 28, "sanitizer": 11}
 SAVE_EVERY = 5.0
 
 
@@ -101,65 +103,82 @@ def correctness(device: Any, *, odd_only: bool) -> Iterable[dict[str, Any]]:
 
 
 def tuning(device: Any, seconds: float, beside: Path) -> Iterable[dict[str, Any]]:
-    """Each op gets an equal share of the time that those before it left; an error ends its op, not the stage."""
+    """Each op gets an equal share of the time that those before it left; an error ends its op, not the stage.
+
+    What is tuned is written and used at once: a stage whose time is out never comes back to where it left.
+    """
     from catimage_accel.kernels import tuning as configs
     from catimage_accel.kernels.tuning.tune import TUNED_OPS, tune
 
     end = time.monotonic() + seconds
     for position, op in enumerate(TUNED_OPS):
         now = time.monotonic()
-        entries = []
+        slug = configs.device_slug(device)
+        entries = configs.read_entries(op, slug) or []
         try:
             for tuned in tune(op, device, until=now + (end - now) / (len(TUNED_OPS) - position)):
-                entries.append(tuned.entry)
+                entries = [entry for entry in entries if entry["shape"] != tuned.shape] + [tuned.entry]
                 for folder in {configs.FOLDER, beside}:
-                    write(folder / f"{op}.{configs.device_slug(device)}.json", entries)
+                    write(folder / f"{op}.{slug}.json", entries)
+                configs.forget()
                 yield asdict(tuned)
         except Exception as error:
             traceback.print_exc()
             yield {"op": op, "error": f"{type(error).__name__}: {error}"}
-    configs.forget()
 
 
 def benchmarks(device: Any, timer: Any, ceilings: Any) -> Iterable[dict[str, Any]]:
-    """One op's workload after the other's, so that every op has some when time is out."""
+    """Every workload, those first that a goal is set for."""
     import torch
-    from bench_attention import baselines
+    from attention_baselines import attention_baselines
     from correctness import OPS
-    from measure import calls, meaning, workloads
+    from measure import by_goal, calls, meaning, workloads
 
-    queues = {op: workloads(op) for op in OPS}
-    for turn in range(max(map(len, queues.values()))):
-        for op, queue in queues.items():
-            if turn >= len(queue):
-                continue
-            workload = queue[turn]
-            arguments = workload.arguments(device)
-            found: dict[str, Any] = {}
-            with torch.no_grad():
-                for name, call in calls(workload, arguments, baselines if op == "attention" else None).items():
-                    try:
-                        found[name] = meaning(workload, timer.time(call), ceilings)
-                    except Exception as error:
-                        found[name] = {"not_run": f"{type(error).__name__}: {str(error)[:200]}"}
-            yield {"op": op, "workload": workload.name, "batch": workload.batch, "dtype": str(workload.dtype),
-                   "implementations": found}  # fmt: skip
+    for workload in by_goal(map(workloads, OPS)):
+        baselines = attention_baselines if workload.op == "attention" else None
+        found: dict[str, Any] = {}
+        with torch.no_grad():
+            try:
+                ready = calls(workload, workload.arguments(device), baselines)
+            except Exception as error:  # out of memory, most likely
+                ready, found["any"] = {}, not_run(error)
+            for name, call in ready.items():
+                try:
+                    found[name] = meaning(workload, timer.time(call), ceilings)
+                except Exception as error:
+                    found[name] = not_run(error)
+        yield {"op": workload.op, "workload": workload.name, "batch": workload.batch, "dtype": str(workload.dtype),
+               "implementations": found}  # fmt: skip
+
+
+def not_run(error: Exception) -> dict[str, str]:
+    """In place of figures."""
+    return {"not_run": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
 def sanitizing(seconds: float) -> Iterable[dict[str, Any]]:
     """What compute-sanitizer finds, tool after tool."""
-    from sanitized import TOOLS, clean
+    from sanitized import TOOLS, watch
 
     end = time.monotonic() + seconds
-    for tool in TOOLS:
-        try:
-            nothing, said = clean(tool, max(1.0, end - time.monotonic()))
-        except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-            yield {"tool": tool, "not_run": str(error)[:200]}
+    for tool, left in remaining(TOOLS):
+        found = watch(tool, (end - time.monotonic()) * left)
+        row = {"tool": tool, "reached": found.reached}
+        if found.right is None:
+            print(f"{tool} not run: {found.said[-300:]}", flush=True)
+            yield row | {"not_run": found.said[-300:]}
             continue
-        if not nothing:
-            print(f"WRONG {tool}: {said}", flush=True)
-        yield {"tool": tool, "right": nothing, "said": said[-300:]}
+        if not found.right:
+            print(f"WRONG {tool}: {found.said}", flush=True)
+        yield row | {"right": found.right, "said": found.said[-300:]}
+
+
+def remaining(shares: dict[str, int]) -> Iterable[tuple[str, float]]:
+    """In turn, each one's part of what those before it left."""
+    left = sum(shares.values())
+    for name, share in shares.items():
+        yield name, share / left
+        left -= share
 
 
 def table(rows: list[dict[str, Any]], ours: tuple[str, ...]) -> list[str]:
@@ -174,10 +193,10 @@ def table(rows: list[dict[str, Any]], ours: tuple[str, ...]) -> list[str]:
             lines.append(f"{title:43}not run")
             continue
         best, other = found[mine], found[theirs]
-        compiled = found.get("torch.compile", {"ms": math.nan})["ms"] / best["ms"]
+        compiled = f"{found['torch.compile']['ms'] / best['ms']:.2f}" if "torch.compile" in found else ""
         lines.append(
             f"{title:43}{best['ms']:8.4f} {mine:6}{other['ms']:10.4f} {theirs:13}{other['ms'] / best['ms']:5.2f}"
-            f"{compiled:8.2f}{best['percent_of_copy']:6.0f}{best['percent_of_matmul']:5.0f}"
+            f"{compiled:>8}{best['percent_of_copy']:6.0f}{best['percent_of_matmul']:5.0f}"
         )
     return lines
 
@@ -185,15 +204,16 @@ def table(rows: list[dict[str, Any]], ours: tuple[str, ...]) -> list[str]:
 def main() -> None:
     """Runs the stages that were asked for; exit code 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", nargs="+", choices=SECONDS, default=list(SECONDS))
+    parser.add_argument("--stages", nargs="+", choices=SHARES, default=list(SHARES))
     args = parser.parse_args()
-    build_cuda()
-    map_kernels()
+    end = time.monotonic() + SECONDS
     import torch
     import triton
 
     if not torch.cuda.is_available():
         sys.exit("device_check: there is no CUDA device")
+    build_cuda()
+    map_kernels()
     from measure import OURS, measure_ceilings, the_device
 
     from catimage_accel.kernels.device import device_name
@@ -211,23 +231,24 @@ def main() -> None:
     }  # fmt: skip
     print(json.dumps(about), flush=True)
     report = Report(out / f"{date}.json", about)
-    share = sum(SECONDS.values()) / sum(SECONDS[name] for name in args.stages)
-    seconds = {name: value * share for name, value in SECONDS.items()}
-    stages = {
-        "correctness": lambda: correctness(device, odd_only=False),
-        "tuning": lambda: tuning(device, seconds["tuning"], out),
-        "tuned": lambda: correctness(device, odd_only=True),
-        "benchmarks": lambda: benchmarks(device, timer, ceilings),
-        "sanitizer": lambda: sanitizing(seconds["sanitizer"]),
+    stages: dict[str, Callable[[float], Iterable[dict[str, Any]]]] = {
+        "correctness": lambda _: correctness(device, odd_only=False),
+        "tuning": lambda seconds: tuning(device, seconds, out),
+        "tuned": lambda _: correctness(device, odd_only=True),
+        "benchmarks": lambda _: benchmarks(device, timer, ceilings),
+        "sanitizer": sanitizing,
     }
-    rows = {name: report.stage(name, run(), seconds[name]) for name, run in stages.items() if name in args.stages}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, share in remaining({name: share for name, share in SHARES.items() if name in args.stages}):
+        seconds = (end - time.monotonic()) * share
+        rows[name] = report.stage(name, stages[name](seconds), seconds)
     print("\n".join(table(rows.get("benchmarks", []), OURS)))
     checked = rows.get("correctness", []) + rows.get("tuned", [])
     watched = [row for row in rows.get("sanitizer", []) if "right" in row]
     wrong = [row for row in checked + watched if not row["right"]]
     by_impl = dict(Counter(row["impl"] for row in checked))
     copy, matmul = ceilings.copy_gb_s, {k.removeprefix("torch."): round(v) for k, v in ceilings.matmul_tflop_s.items()}
-    tools = [row["tool"] for row in watched]
+    tools = [f"{row['tool']}: {row['reached']}" for row in watched]
     print(f"copy {copy:.0f} GB/s, matmul {matmul} TFLOP/s")
     print(f"checks {by_impl}, compute-sanitizer {tools}, {len(wrong)} wrong; {report.path}")
     sys.exit(1 if wrong else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import statistics
@@ -16,6 +17,7 @@ import torch
 WARMUP = 3
 MOST_ROUNDS = 50
 A_DAY = 86_400.0
+ALARM_AGAIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Times:
 Calls = Mapping[str, Callable[[], Any]]
 
 
+class OutOfTime(BaseException):
+    """No Exception: torch's compiler would take it for a kernel that does not compile, and go on without the kernel."""
+
+
 def warm_up(calls: Calls, *, until: float) -> tuple[Calls, dict[str, str]]:
     """Those that run (compiled ones get compiled), and why others do not.
 
@@ -66,6 +72,8 @@ def warm_up(calls: Calls, *, until: float) -> tuple[Calls, dict[str, str]]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             run[name] = call
+        except OutOfTime as late:
+            not_run[name] = str(late)
         except Exception as error:  # one that does not run here must not keep the others from being measured
             not_run[name] = f"{type(error).__name__}: {str(error)[:300]}"
     return run, not_run
@@ -89,24 +97,38 @@ def warm_up_in_portions(
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """A TimeoutError in whatever runs in the main thread after ``seconds``."""
+    """OutOfTime, again and again, in what runs in the main thread after ``seconds``; at its end, if it was caught."""
+    said = f"not ready in the {seconds:.0f} s that were left"
+    rung = False
 
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"not ready in the {seconds:.0f} s that were left")
+        nonlocal rung
+        rung = True
+        raise OutOfTime(said)
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, min(seconds, A_DAY))  # endless ones are refused
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, A_DAY), ALARM_AGAIN)  # endless ones are refused
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    if rung:  # and was caught: what was compiled lacks what the alarm cut off
+        raise OutOfTime(said)
 
 
 def interleave(
-    calls: Calls, device: torch.device, *, seconds: float, least: int = 5, wall: bool = False
+    calls: Calls,
+    device: torch.device,
+    *,
+    seconds: float,
+    least: int = 5,
+    until: float = math.inf,
+    wall: bool = False,
 ) -> dict[str, Times]:
     """Rounds for about ``seconds``, ``least`` at least. By CUDA events on a GPU; on a CPU in the process's CPU time.
+
+    After ``until`` (monotonic) no round is begun but the first, however few there were.
 
     CPU time, as other programs take turns on a busy machine: with one thread it is the time of an idle one. ``wall``
     takes the time on the wall instead, for several threads, which count for more than they do while they wait.
@@ -115,7 +137,8 @@ def interleave(
     end = time.monotonic() + seconds
     order = random.Random(0)
     for turn in range(MOST_ROUNDS):
-        if turn >= least and time.monotonic() > end:
+        now = time.monotonic()
+        if (turn >= least and now > end) or (turn and now > until):
             break
         # Caches hold what the call before left there, so nobody always comes after the same one.
         for name in order.sample(list(calls), len(calls)):

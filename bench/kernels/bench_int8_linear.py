@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from harness import Bench
-from measure import COMMON, workload_id, workloads
+from measure import UNCOMPILED, workload_id, workloads
 
 from catimage_accel.kernels.tuning.workload import Workload
 
 
-@pytest.mark.parametrize("implementation", [*COMMON, "int_mm"])
+@pytest.mark.parametrize("implementation", [*UNCOMPILED, "int_mm"])
 @pytest.mark.parametrize("workload", workloads("int8_linear"), ids=workload_id)
 @torch.no_grad()
 def test_int8_linear(benchmark: Any, bench: Bench, workload: Workload, implementation: str) -> None:

@@ -6,7 +6,10 @@ tensors of more than 2^31 elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -29,6 +32,7 @@ OPS = (
 )  # fmt: skip
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGE = 2**31
+ANY_IMPL = "any"
 
 
 @dataclass(frozen=True)
@@ -142,11 +146,38 @@ def large_workloads() -> Iterator[tuple[Workload, tuple[str, ...]]]:
     yield attention_of_size("2^31 values", half, 1030, 4096, 77, 8, 64), ("q", "k", "v")
 
 
+def compile_kernels(workloads: Iterable[Workload], device: torch.device) -> None:
+    """Launches every workload's Triton kernels once, many workloads at a time: one by one they take minutes to compile.
+
+    Nothing else is to run meanwhile: results would take memory that was poisoned for others. Errors are left to
+    ``check``, and so is the CPU, where nothing is compiled.
+    """
+    if device.type == "cpu":
+        return
+
+    @torch.no_grad()
+    def launch(workload: Workload) -> None:
+        with suppress(Exception):
+            workload.run(workload.make(workload.dtype, device), "triton")
+
+    workers = min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+        for workload in workloads:
+            pool.submit(launch, workload)
+
+
 @torch.no_grad()
 def check(workload: Workload, device: torch.device) -> Iterator[Check]:
     """Every implementation that there is."""
-    arguments = workload.arguments(device)
-    expected = Expected.of(workload, arguments)
+    problem = None
+    try:
+        arguments = workload.arguments(device)
+        expected = Expected.of(workload, arguments)
+    except Exception as error:  # out of memory, most likely
+        problem = _named(error)
+    if problem is not None:
+        yield Check(workload.op, workload.name, str(workload.dtype), ANY_IMPL, None, problem)
+        return
     for impl in (*OURS, *workload.libraries):
         share, problem = None, None
         try:
@@ -157,19 +188,26 @@ def check(workload: Workload, device: torch.device) -> Iterator[Check]:
                 continue  # the op has no such implementation, or it was not built
             problem = str(error)
         except Exception as error:  # whatever it is belongs in the report, and the others are checked still
-            problem = f"{type(error).__name__}: {str(error)[:300]}"
+            problem = _named(error)
         yield Check(workload.op, workload.name, str(workload.dtype), impl, share, problem)
 
 
 @torch.no_grad()
 def check_large(workload: Workload, batched: tuple[str, ...], device: torch.device) -> Iterator[Check]:
     """That the last image's result is, to the bit, what it is alone."""
-    arguments = workload.arguments(device)
-    last: dict[str, Any] = {
-        name: value[-1:].clone(memory_format=torch.preserve_format) if name in batched else value
-        for name, value in arguments.items()
-    }
-    assert arguments[batched[0]].numel() > LARGE
+    problem = None
+    try:
+        arguments = workload.arguments(device)
+        last: dict[str, Any] = {
+            name: value[-1:].clone(memory_format=torch.preserve_format) if name in batched else value
+            for name, value in arguments.items()
+        }
+        assert arguments[batched[0]].numel() > LARGE
+    except Exception as error:
+        problem = _named(error)
+    if problem is not None:
+        yield Check(workload.op, workload.name, str(workload.dtype), ANY_IMPL, None, problem)
+        return
     for impl in (*OURS, *workload.libraries):
         try:
             alone = workload.run(last, impl)
@@ -181,20 +219,38 @@ def check_large(workload: Workload, batched: tuple[str, ...], device: torch.devi
                 continue
             problem = str(error)
         except Exception as error:
-            problem = f"{type(error).__name__}: {str(error)[:300]}"
+            problem = _named(error)
         yield Check(workload.op, workload.name, str(workload.dtype), impl, None if problem else 0.0, problem)
 
 
 def checks(device: torch.device, *, odd_only: bool) -> Iterator[Check]:
-    """All of them, the odd and small ones first."""
-    for dtype in DTYPES:
-        for workload in odd_workloads(dtype):
-            yield from check(workload, device)
-    if odd_only:
-        return
+    """All of them: of float16 the odd and small ones, the models' and the large ones, then the other dtypes."""
+    half, *others = DTYPES
+    yield from check_all(odd_workloads(half), device)
+    if not odd_only:
+        yield from check_all(model_workloads(half), device)
+        for workload, batched in large_workloads():
+            yield from check_large(workload, batched, device)
+    for dtype in others:
+        yield from check_all(odd_workloads(dtype), device)
+    if not odd_only:
+        for dtype in others:
+            yield from check_all(model_workloads(dtype), device)
+
+
+def model_workloads(dtype: torch.dtype) -> Iterator[Workload]:
+    """What SD1.5 and SDXL ask for."""
     for op in OPS:
-        for dtype in DTYPES:
-            for workload in import_module(f"catimage_accel.kernels.{op}.workload").workloads(2, dtype):
-                yield from check(workload, device)
-    for workload, batched in large_workloads():
-        yield from check_large(workload, batched, device)
+        yield from import_module(f"catimage_accel.kernels.{op}.workload").workloads(2, dtype)
+
+
+def check_all(workloads: Iterable[Workload], device: torch.device) -> Iterator[Check]:
+    """Compiled together, then one after the other."""
+    found = list(workloads)
+    compile_kernels(found, device)
+    for workload in found:
+        yield from check(workload, device)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"

@@ -49,7 +49,7 @@ class GraphedForward:
         self._signature = inspect.signature(plain)
         self._captures: dict[Any, Capture] = {}
         self._snapshot: Snapshot | None = None
-        self._pool: Any = None
+        self._recorder: Recorder | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return GraphedForward, (self._model, self.plain)  # a copy captures the copied model
@@ -62,7 +62,7 @@ class GraphedForward:
         if not self._takes(arguments, tensors):
             return self.plain(*args, **kwargs)
         if self._snapshot is not None and not self._snapshot.holds():
-            self._captures, self._snapshot, self._pool = {}, None, None
+            self._captures, self._snapshot, self._recorder = {}, None, None
         key = (spec, tuple(map(_kind, leaves)))
         # Buffers that are made in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -89,8 +89,8 @@ class GraphedForward:
         inputs = [torch.empty_like(tensor, device=device).copy_(tensor) for tensor in tensors]
         left = iter(inputs)
         arguments = tree_unflatten([next(left) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-        graph, result = capture(lambda: self.plain(**arguments), device, self._pool)
-        self._pool = graph.pool()
+        self._recorder = self._recorder or Recorder(device)
+        graph, result = self._recorder.capture(lambda: self.plain(**arguments))
         return Capture(graph, inputs, result)
 
 
@@ -98,16 +98,26 @@ def _kind(leaf: Any) -> Any:
     return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
-def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph of what ``run`` launches, in the memory of ``pool`` or its own, and the result that it writes."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                run()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            result = run()
-        torch.cuda.current_stream().wait_stream(stream)
-    return graph, result
+class Recorder:
+    """Captures into memory that all of its graphs share, on one stream, without which they would not share it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def capture(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """The graph of what ``run`` launches, and the result that it writes."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            caller = torch.cuda.current_stream()
+            self._stream.wait_stream(caller)
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    run()
+            # torch 2.11 leaves the thread on the capture's stream where the capture fails.
+            with torch.cuda.stream(caller), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                result = run()
+            caller.wait_stream(self._stream)
+        self._pool = graph.pool()
+        return graph, result

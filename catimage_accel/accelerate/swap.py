@@ -50,8 +50,8 @@ def accelerate(
     Works on every pipeline whose ``unet`` is a diffusers ``UNet2DConditionModel`` (SD1.x, SD2.x, SDXL, text-to-image
     or other). Repeating it is harmless, and needed after something has set new attention processors, or has changed
     weights through ``tensor.data`` between calls of the UNet on one and the same text tensor (whose keys and values are
-    kept); the last call's options hold. ``acceleration_report`` lists what was swapped; ``restore`` undoes it, and comes
-    first where diffusers knows classes of its own only (``unet.set_default_attn_processor``).
+    kept); the last call's options hold. ``acceleration_report`` lists what was swapped; ``restore`` undoes it, and
+    comes first where diffusers knows classes of its own only (``unet.set_default_attn_processor``).
 
     Args:
         pipe: The pipeline.

@@ -41,12 +41,12 @@ def tune(
         raise ValueError(f"op is {unknown[0]!r}; accepted: {', '.join(TUNED_OPS)}")
     folder = out or tuning.FOLDER
     for name in op or TUNED_OPS:
-        entries = []
         path = folder / f"{name}.{tuning.device_slug(found)}.json"
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         with progress_bar() as progress:
             bar = progress.add_task(f"tuning {name}", total=None)
             for tuned in tune(name, found):
-                entries.append(tuned.entry)
+                entries = [entry for entry in entries if entry["shape"] != tuned.shape] + [tuned.entry]
                 progress.advance(bar)
                 for workload, ms in tuned.ms.items():
                     results().print(

@@ -24,9 +24,9 @@ class Timing:
 
 
 class DeviceTimer:
-    """Times calls with CUDA events. The L2 cache is overwritten before each, and the call is captured in a CUDA graph.
+    """Times calls with CUDA events. The L2 cache is filled anew before each, and the call is captured in a CUDA graph.
 
-    While the device overwrites the cache the host gets ahead, so that it is not waited for between the two events.
+    While the device fills the cache the host gets ahead, so that it is not waited for between the two events.
     """
 
     def __init__(self, device: torch.device, *, seconds: float = 0.05) -> None:
@@ -34,7 +34,9 @@ class DeviceTimer:
         self.device = device
         self.seconds = seconds
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._cache = torch.empty(l2_bytes, dtype=torch.int32, device=device)  # four times as large
+        # Four times as large, and only ever read: what is written would be written back while a call is timed.
+        self._filling = torch.zeros(l2_bytes, dtype=torch.int32, device=device)
+        self._largest = torch.zeros((), dtype=torch.int32, device=device)
 
     @torch.no_grad()
     def time(self, call: Callable[[], Any]) -> Timing:
@@ -56,7 +58,8 @@ class DeviceTimer:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=side):
+            # torch 2.11 leaves the thread on the side stream where a capture fails.
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph, stream=side):
                 call()
         except RuntimeError:
             torch.cuda.synchronize(self.device)
@@ -69,7 +72,7 @@ class DeviceTimer:
     def _run_many(self, launch: Callable[[], Any], repeats: int) -> list[float]:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, end in events:
-            self._cache.zero_()
+            torch.amax(self._filling, 0, out=self._largest)
             start.record()
             launch()
             end.record()

@@ -18,7 +18,7 @@ import torch
 from triton.errors import TritonError
 from triton.runtime import driver
 
-from catimage_accel.kernels.tuning import launch_config, use_config
+from catimage_accel.kernels.tuning import device_slug, launch_config, read_entries, use_config
 from catimage_accel.kernels.tuning.timing import DeviceTimer
 from catimage_accel.kernels.tuning.workload import Arguments, Expected, Workload, by_shape
 
@@ -57,7 +57,7 @@ class Tuned:
 def tune(
     op: str, device: torch.device, *, until: float = math.inf, workers: int | None = None
 ) -> Iterator[Tuned]:  # fmt: skip
-    """Yields the best config of each representative shape of ``op``.
+    """Yields the best config of each representative shape of ``op``, those first that the device's file lacks.
 
     Configs are compiled in ``workers`` threads, checked against the reference by the accuracy rule, then timed one by
     one. The best is the one with the smallest geometric mean of times over the shape's workloads; where the op has
@@ -76,6 +76,8 @@ def tune(
     timer = DeviceTimer(device, seconds=0.01)
     workers = workers or min(16, os.cpu_count() or 1)
     groups = by_shape(workload for batch in BATCHES for workload in module.workloads(batch, DTYPE))
+    known = [entry["shape"] for entry in read_entries(op, device_slug(device)) or ()]
+    groups.sort(key=lambda group: group[0].shape in known)
     with ThreadPoolExecutor(workers, initializer=torch.cuda.set_device, initargs=(index,)) as pool:
         for group in groups:
             if time.monotonic() > until:

@@ -61,11 +61,17 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every capture's pool."""
     pools: list[Any] = []
 
-    def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Graph, Any]:
-        pools.append(pool)
-        result = run()
-        return Graph(run, result), result
+    class Recorder:
+        def __init__(self, device: torch.device) -> None:
+            self.pool: Any = None
+
+        def capture(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
+            pools.append(self.pool)
+            result = run()
+            graph = Graph(run, result)
+            self.pool = graph.pool()
+            return graph, result
 
     monkeypatch.setattr(cuda_graphs, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
     return pools

@@ -15,11 +15,12 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from pictures import draw, state
+from streams import without_a_device
 from torch import Tensor, nn
 from unets import SAMPLE, TEXT, tiny_unet
 
 from catimage_accel.accelerate import accelerate, acceleration_report, restore
-from catimage_accel.accelerate.cuda_graphs import MAX_GRAPHS, GraphedForward
+from catimage_accel.accelerate.cuda_graphs import MAX_GRAPHS, GraphedForward, Recorder
 
 
 @pytest.fixture
@@ -191,6 +192,30 @@ def test_copies_capture_themselves(unet: Any, captures: list[Any]) -> None:
             again.conv_out.bias += 1
         torch.testing.assert_close(predict(again), expected + 1, atol=1e-5, rtol=0)
         assert len(captures) == count
+
+
+def test_captures_that_share_memory_are_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = without_a_device(monkeypatch)
+    caller, recorder = streams.current, Recorder(torch.device("cuda"))
+    first, _ = recorder.capture(lambda: None)
+    recorder.capture(lambda: None)
+    [(stream, pool), again] = streams.captures
+    assert pool is None
+    assert again == (stream, first.pool())
+    assert stream is not caller
+
+
+def test_a_capture_that_fails_leaves_the_caller_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = without_a_device(monkeypatch)
+    caller = streams.current
+
+    def run() -> None:
+        if streams.captures:
+            raise ValueError("not to be captured")
+
+    with pytest.raises(RuntimeError, match="invalidated"):
+        Recorder(torch.device("cuda")).capture(run)
+    assert streams.current is caller
 
 
 @pytest.fixture

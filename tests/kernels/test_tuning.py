@@ -10,6 +10,7 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -222,6 +223,26 @@ def test_a_measured_speedup_is_that_of_the_nearest_shape(files: Callable[..., No
     tuning.forget()
     assert [measured_speedup("op", CUDA, rows=rows) for rows in (1, 100, 2000)] == [0.5, 0.5, 1.5]
     assert measured_speedup("op", CPU, rows=64) is None
+
+
+def test_shapes_that_the_devices_file_lacks_are_tuned_first(
+    files: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from catimage_accel.kernels.tuning import tune
+
+    entry = {"shape": {"width": 1}, "config": {"BLOCK_ROWS": 1, "BLOCK_COLUMNS": 128, "num_warps": 4}}
+    (tuning.FOLDER / "geglu.default.json").write_text(json.dumps([entry]))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    for name in ("driver", "DeviceTimer"):
+        monkeypatch.setattr(tune, name, MagicMock())
+    monkeypatch.setattr(tune, "device_slug", tuning.device_slug)
+    monkeypatch.setattr(tune, "tune_shape", lambda group, *rest: group[0].shape["width"])
+    device = torch.device("cuda", 0)
+    first, *others = list[Any](tune.tune("geglu", device))
+    (tuning.FOLDER / "geglu.cuda.json").write_text(json.dumps([entry | {"shape": {"width": first}}]))
+    tuning.forget()
+    assert others
+    assert list[Any](tune.tune("geglu", device)) == [*others, first]
 
 
 @pytest.mark.parametrize(

@@ -65,14 +65,19 @@ class Lane:
         ``launch`` has to have run once before.
         """
         graph = torch.cuda.CUDAGraph()
-        self._own.wait_stream(torch.cuda.current_stream())
+        caller = torch.cuda.current_stream()
+        self._own.wait_stream(caller)
         try:
-            with torch.cuda.graph(graph, stream=self._own, capture_error_mode="thread_local"):
+            # torch 2.11 leaves the thread on the capture's stream where the capture fails.
+            with (
+                torch.cuda.stream(caller),
+                torch.cuda.graph(graph, stream=self._own, capture_error_mode="thread_local"),
+            ):
                 launch(self._own.cuda_stream)
         except RuntimeError:
             return None
         finally:
-            torch.cuda.current_stream().wait_stream(self._own)
+            caller.wait_stream(self._own)
         return graph.replay
 
     def synchronize(self) -> None:
