@@ -71,6 +71,7 @@ class Catalog:
     cost_device: str | None = None
     flops: Mapping[str, int] = field(default_factory=dict, hash=False)
     milliseconds: Milliseconds = field(default_factory=dict, hash=False)
+    _downloaded: dict[str, Path] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = [candidate.name for candidate in self.candidates]
@@ -171,7 +172,7 @@ class Catalog:
         raise ValueError(f"candidate is {name!r}; catalog {self.name!r} has {names}")
 
     def resolve_model(self, model: str) -> Path:
-        """The folder of a candidate's ``model``; a hub id is downloaded (safetensors and text files only)."""
+        """The folder of a candidate's ``model``; a hub id is downloaded (safetensors and text files only), once."""
         folder = self.folder / model
         if folder.is_dir():
             return folder
@@ -180,7 +181,13 @@ class Catalog:
                 f"{self.folder / CATALOG_FILE}: model is {model!r}, but {folder} is not a folder; "
                 "accepted: a diffusers folder (relative to the catalog, or absolute) or a hub id"
             )
-        return _download(model)
+        return self._from_hub(model)
+
+    def _from_hub(self, repository: str) -> Path:
+        # The hub would be asked whether there is something newer: that takes a while, and changes models in use.
+        if repository not in self._downloaded:
+            self._downloaded[repository] = _download(repository)
+        return self._downloaded[repository]
 
     @property
     def judge_folder(self) -> Path:
@@ -188,7 +195,7 @@ class Catalog:
         if self.judge is None:
             raise ValueError(f"{self.folder / CATALOG_FILE}: judge is missing; name a CLIP folder or a hub id")
         folder = self.folder / self.judge
-        return _download(self.judge) if _HUB_ID.fullmatch(self.judge) and not folder.is_dir() else folder
+        return self._from_hub(self.judge) if _HUB_ID.fullmatch(self.judge) and not folder.is_dir() else folder
 
     def quality_table(self) -> ScoreTable:
         """The measured scores, mean over seeds, in this catalog's metric; ValueError when a pair is missing."""

@@ -151,7 +151,7 @@ def test_it_is_listed(tiny_catalog: Path, folder: Path, tmp_path: Path) -> None:
         assert [json.loads(line)["vae"] for line in lines] == told
         table = CliRunner().invoke(app, asked)
         assert table.exit_code == 0, table.output
-        assert ("┃ vae " in table.stdout) == (number == 2), "a column only where there is a choice"
+        assert (", vae_small," in table.stdout) == (number == 2), "told only where it is not the model's own"
 
 
 def other_channels(vae: Path) -> None:

@@ -267,3 +267,27 @@ def test_a_catalog_without_router_draws_with_a_named_candidate(tiny_catalog: Pat
     }  # fmt: skip
     with pytest.raises(FileNotFoundError, match="router fit"):
         pipeline.route(EASY)
+
+
+def test_a_size_may_be_numpys_numbers(pipeline: RoutedPipeline) -> None:
+    out = pipeline(EASY, candidate="cheap-2", height=np.int64(64), width=np.int32(96), generator=seeded(1))  # type: ignore[arg-type]
+    expected = pipeline(EASY, candidate="cheap-2", height=64, width=96, generator=seeded(1))
+    assert out.images[0].size == (96, 64)
+    assert out.images[0].tobytes() == expected.images[0].tobytes()
+
+
+def test_the_hub_is_asked_once_for_a_model(tiny_catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def snapshot_download(repository: str, **_: Any) -> str:
+        asked.append(repository)
+        return str(tiny_catalog / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    catalog = Catalog.load(tiny_catalog)
+    candidates = tuple(dataclasses.replace(one, model="owner/tiny") for one in catalog.candidates)
+    made = RoutedPipeline(dataclasses.replace(catalog, candidates=candidates), device="cpu")
+    made.set_progress_bar_config(disable=True)
+    for _ in range(2):
+        made([EASY, CROWDED], generator=seeded(1, 2))
+    assert asked == ["owner/tiny"]

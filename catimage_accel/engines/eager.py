@@ -28,7 +28,11 @@ from catimage_accel.engines.protocol import DeepFeatures, KeyValue, TextBatch, T
 from catimage_accel.engines.text import CachedText
 from catimage_accel.quantize.fake import fake_quantized
 
-__all__ = ["EagerEngine", "SharedParts"]
+__all__ = ["PROMPT_CUT_OFF", "EagerEngine", "SharedParts"]
+
+PROMPT_CUT_OFF = "a prompt is cut off"
+"""How the warning of a prompt that is longer than what the text encoder reads begins."""
+SHOWN = 60
 
 
 class SharedParts:
@@ -81,10 +85,12 @@ class SharedParts:
         whole = self.tokenizer(prompts, padding=False, truncation=False, verbose=False).input_ids
         for prompt, tokens in zip(prompts, whole, strict=True):
             if len(tokens) > limit:
-                cut = self.tokenizer.decode(tokens[limit - 1 : -1])
-                warnings.warn(
-                    f"the prompt {prompt!r} has {len(tokens)} tokens; only {limit} are read, and {cut!r} is cut off",
-                    UserWarning, stacklevel=2,
+                left_out = self.tokenizer.decode(tokens[limit - 1 : -1])
+                # Without a registry, in which every text would stay for good.
+                warnings.warn_explicit(
+                    f"{PROMPT_CUT_OFF}: {_begin(prompt)} has {len(tokens)} tokens; only {limit} are read, and "
+                    f"{_begin(left_out)} is not",
+                    UserWarning, __file__, self._token_ids.__code__.co_firstlineno,
                 )  # fmt: skip
         return ids.input_ids.to(self.device)
 
@@ -201,3 +207,7 @@ class EagerEngine:
 
     def _keys_values(self, hidden: Tensor) -> list[KeyValue]:
         return self._text.keys_values(self.unet.process_encoder_hidden_states(hidden, None))
+
+
+def _begin(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")

@@ -54,8 +54,7 @@ def check_model_folder(model: Path, unet: str = "unet", vae: str = OWN_VAE) -> N
         raise FileNotFoundError(f"{model} is not a folder; accepted: a diffusers model folder")
     if (model / "text_encoder_2").exists():
         raise ValueError(f"{model} has a text_encoder_2; accepted: models of Stable Diffusion 1.x's and 2.x's layout")
-    if not (model / "tokenizer").is_dir():
-        raise FileNotFoundError(f"{model / 'tokenizer'} is missing; a diffusers model folder has one")
+    _check_tokenizer(model / "tokenizer")
     for part, classes in {"text_encoder": _TEXT_CLASSES, vae: _VAE_CLASSES, unet: _UNET_CLASSES}.items():
         config = read_config(model / part / "config.json")
         found = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
@@ -74,6 +73,19 @@ def check_model_folder(model: Path, unet: str = "unet", vae: str = OWN_VAE) -> N
                 f"{model / vae / 'config.json'}: (latent_channels, pixels a latent) are {found}; accepted: {own}, "
                 f"as in {model / OWN_VAE}"
             )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """transformers makes a tokenizer without words of a folder without a vocabulary, and says nothing."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing; a diffusers model folder has one")
+    if not (folder / "tokenizer.json").is_file() and not all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    ):
+        raise FileNotFoundError(
+            f"{folder} has no vocabulary; accepted: tokenizer.json, or vocab.json and merges.txt, which are to be had "
+            "where the model is from"
+        )
 
 
 def load_component(kind: Any, model: Path, part: str, dtype: torch.dtype) -> Any:

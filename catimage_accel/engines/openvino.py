@@ -24,6 +24,8 @@ __all__ = ["RUNTIMES", "OpenVINO", "OpenVINORunner"]
 
 _IR_FILE, _WEIGHTS_FILE, _COMPILED_FILE = "model.xml", "model.bin", "compiled.blob"
 _CPU = torch.device("cpu")
+# OpenVINO's own, and those of files that another process removes while they are read.
+_FAILURES = (RuntimeError, FileNotFoundError, ValueError)
 
 
 class OpenVINO:
@@ -86,7 +88,7 @@ class OpenVINORunner:
                 del arrays["timestep"]
             # Inputs are read where they are. Outputs are OpenVINO's, overwritten by the next call: hence the copies.
             results = self._requests[bucket].infer(arrays, share_inputs=True, share_outputs=True)
-        except RuntimeError as error:
+        except _FAILURES as error:
             raise _unavailable(self._component, error) from error
         return {name: torch.from_numpy(results[name][:rows]).clone() for name in self._outputs}
 
@@ -95,7 +97,7 @@ class OpenVINORunner:
         for rows in self._profile.rows:
             try:
                 entries.append(self._entry(rows))
-            except RuntimeError as error:
+            except _FAILURES as error:
                 raise _unavailable(self._component, error) from error
             advance(f"{self._component.name}, {rows} rows")
         return entries
@@ -160,8 +162,9 @@ class OpenVINORunner:
         config = {**self._config, "INFERENCE_PRECISION_HINT": "f32"}
         return _core().compile_model(time_alone(_core().read_model(self._weights.folder / _IR_FILE)), "CPU", config)
 
-    @cached_property
+    @property
     def _weights(self) -> CacheEntry:
+        """Looked up anew for every model that is compiled, and made again where it was pruned meanwhile."""
         return _weights(self._source, self._cache, self._version)
 
 
@@ -213,7 +216,7 @@ def _array(value: Tensor, rows: int) -> Any:
     return value.contiguous().numpy()
 
 
-def _unavailable(component: Component, error: RuntimeError) -> EngineUnavailable:
+def _unavailable(component: Component, error: Exception) -> EngineUnavailable:
     if isinstance(error, EngineUnavailable):
         return error
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from")]

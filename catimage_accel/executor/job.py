@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from catimage_accel.arguments import is_whole
+
 if TYPE_CHECKING:
     from catimage_accel.candidate import Candidate
     from catimage_accel.engines import Engine
@@ -110,11 +112,9 @@ def _latent_size(job: Job, engine: Engine) -> tuple[int, int]:
     sides = []
     for name, pixels, latents in (("height", job.height, default[0]), ("width", job.width, default[1])):
         factor = engine.scale_factor
-        if pixels is not None and (
-            isinstance(pixels, bool) or not isinstance(pixels, int) or pixels <= 0 or pixels % factor
-        ):
+        if pixels is not None and (not is_whole(pixels) or pixels <= 0 or pixels % factor):
             raise ValueError(f"{name} is {pixels!r}; accepted: a positive multiple of {factor}")
-        sides.append(latents if pixels is None else pixels // factor)
+        sides.append(latents if pixels is None else int(pixels) // factor)
     return sides[0], sides[1]
 
 

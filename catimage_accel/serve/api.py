@@ -118,7 +118,7 @@ class ImagesAnswer(BaseModel):
 
 class CatalogFields(BaseModel):
     """What holds for all candidates. ``tradeoff`` is used unless another one is asked for; at ``max_tradeoff`` nearly
-    everything is drawn by the cheapest candidates."""
+    everything is drawn by the cheapest candidates. ``sizes`` are the sides that some candidate draws."""
 
     metric: str
     cost_unit: str

@@ -31,7 +31,7 @@ from catimage_accel.serve.generation import Generation, while_connected
 from catimage_accel.serve.pictures import OutputFormat, PictureStore
 from catimage_accel.serve.security import Guard
 from catimage_accel.serve.service import ImageRequest, Service
-from catimage_accel.serve.sizes import SizeLimits
+from catimage_accel.serve.sizes import CatalogSizes, Size
 
 __all__ = ["AppSettings", "create_app"]
 
@@ -67,7 +67,7 @@ def create_app(service: Service, settings: AppSettings) -> ASGIApp:
     store = None
     if settings.pictures is not None:
         store = PictureStore(settings.pictures, seconds=settings.picture_seconds)
-    sizes = SizeLimits.of_catalog(service.catalog)
+    sizes = CatalogSizes.of_catalog(service.catalog)
     _add_images(app, service, settings, store, sizes)
     _add_models(app, service, sizes)
     _add_operations(app, service)
@@ -92,7 +92,7 @@ def _lifespan(service: Service):  # type: ignore[no-untyped-def]
 
 
 def _add_images(
-    app: FastAPI, service: Service, settings: AppSettings, store: PictureStore | None, sizes: SizeLimits
+    app: FastAPI, service: Service, settings: AppSettings, store: PictureStore | None, sizes: CatalogSizes
 ) -> None:  # fmt: skip
     errors: dict[int | str, dict[str, str]] = {
         400: {"description": "The request is wrong; the error says where."},
@@ -100,21 +100,23 @@ def _add_images(
         408: {"description": "The image could not be drawn by its deadline."},
         413: {"description": "The body is too large."},
         429: {"description": "Too many images wait; Retry-After says when to try again."},
-        503: {"description": "The server is shutting down."},
+        503: {"description": "The server is shutting down, or no worker can load the catalog."},
     }
 
     @app.post("/v1/images/generations", responses=errors, tags=["images"])
     async def generate(body: GenerateRequest, request: Request) -> ImagesAnswer:
         """Draws `n` images of the prompt. With `stream`, the answer is a stream of server-sent events."""
-        policy = body.policy(_named(body, service))
-        height, width = _parsed(sizes, body.size)
+        named = _named(body, service)
+        policy = body.policy(named)
+        size = _parsed(sizes, body.size, named)
         if body.response_format == "url" and store is None:
             raise ApiError(400, "response_format is 'url'; accepted here: b64_json", param="response_format")
         loop = asyncio.get_running_loop()
-        routed = await service.routed(body.prompt, policy)  # what is wrong is told before anything is sent
+        # What is wrong is told before anything is sent.
+        routed = await service.routed(body.prompt, policy, size.without)
         service.admission.check_room(body.n or 1)
         first = ImageRequest(
-            body.prompt, policy, height=height, width=width,
+            body.prompt, policy, height=size.height, width=size.width, without=size.without,
             previews=(body.partial_images or 0) if body.stream else 0, client=_client(body, request),
             deadline=None if body.deadline_ms is None else loop.time() + body.deadline_ms / 1000,
         )  # fmt: skip
@@ -145,7 +147,7 @@ def _add_images(
         return FileResponse(path, headers={"Cache-Control": "private, max-age=3600"})
 
 
-def _add_models(app: FastAPI, service: Service, sizes: SizeLimits) -> None:
+def _add_models(app: FastAPI, service: Service, sizes: CatalogSizes) -> None:
     created = int(time.time())
 
     @app.get("/v1/models", tags=["models"])
@@ -154,14 +156,14 @@ def _add_models(app: FastAPI, service: Service, sizes: SizeLimits) -> None:
         catalog, routes = service.catalog, service.routes
         whole = CatalogFields(
             metric=catalog.metric, cost_unit=catalog.cost_unit, tradeoff=catalog.tradeoff,
-            max_tradeoff=routes.max_tradeoff, routed=routes.routed, sizes=asdict(sizes),
+            max_tradeoff=routes.max_tradeoff, routed=routes.routed, sizes=asdict(sizes.widest),
         )  # fmt: skip
         data = [ModelFields(id=catalog.name, created=created, catalog=whole)]
         for one in catalog.candidates:
             names = ("steps", "sampler", "guidance_scale", "guidance_rescale", "engine", "precision")
             told = {key: getattr(one, key) for key in names}
             usable = one.name not in service.backend.unusable
-            told |= {"cost": routes.costs[one.name], "usable": usable}
+            told |= {"cost": routes.costs[one.name], "usable": usable, "sizes": asdict(sizes.limits[one.name])}
             data.append(ModelFields(id=one.name, created=created, candidate=told))
         return ModelsAnswer(data=data)
 
@@ -227,9 +229,9 @@ def _named(body: RouteRequest, service: Service) -> str | None:
     return body.model
 
 
-def _parsed(sizes: SizeLimits, size: str | None) -> tuple[int | None, int | None]:
+def _parsed(sizes: CatalogSizes, size: str | None, candidate: str | None) -> Size:
     try:
-        return sizes.parse(size)
+        return sizes.parse(size, candidate)
     except ValueError as error:
         raise ApiError(400, str(error), param="size") from None
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from catimage_accel.serve.messages import Draw, Drawn, Failed, Preview, Round
 
-__all__ = ["Backend", "DrawFailed", "OnPreview", "OnProgress", "OnRound", "OutOfMemory", "WorkerLost",
+__all__ = ["Backend", "DrawFailed", "NoWorker", "OnPreview", "OnProgress", "OnRound", "OutOfMemory", "WorkerLost",
            "failure"]  # fmt: skip
 
 OnProgress = Callable[[int, int], None]
@@ -26,6 +26,10 @@ class OutOfMemory(DrawFailed):
 
 class WorkerLost(RuntimeError):
     """The worker that drew this image is gone, and what it had with it."""
+
+
+class NoWorker(RuntimeError):
+    """No worker can draw, and none of those that are started anew could when last tried."""
 
 
 def failure(failed: Failed) -> DrawFailed:
@@ -73,6 +77,7 @@ class Backend(Protocol):
     ) -> Drawn:
         """The image; with ``alone``, no other image is in its worker meanwhile.
 
-        Cancelling the call frees the image's slot at the next step. Raises DrawFailed, OutOfMemory or WorkerLost.
+        Cancelling the call frees the image's slot at the next step. Raises DrawFailed, OutOfMemory, WorkerLost or
+        NoWorker.
         """
         ...

@@ -75,6 +75,7 @@ class DrawLoop:
         self._executor = executor
         self._flight = Flight(executor, self._on_step)
         self._draws: dict[str, Draw] = {}
+        self._refused: list[FromWorker] = []
         self._progress: dict[str, tuple[int, int]] = {}
         self._batches: list[int] = []
         self._previews: list[Step] = []
@@ -88,7 +89,7 @@ class DrawLoop:
 
     @property
     def idle(self) -> bool:
-        return self._flight.idle
+        return self._flight.idle and not self._refused
 
     def warm(self) -> bool:
         """Draws a little with one more batch size, whose first use would hold images up; False if all are warm."""
@@ -101,9 +102,13 @@ class DrawLoop:
         return True
 
     def take(self, draw: Draw) -> None:
+        try:
+            candidate = self._catalog.candidate(draw.candidate)
+        except ValueError as error:  # the catalog was changed since the server read it
+            self._refused.append(Failed(draw.key, "candidate", in_one_line(error)))
+            return
         self._draws[draw.key] = draw
         generator = torch.Generator().manual_seed(draw.seed)
-        candidate = self._catalog.candidate(draw.candidate)
         self._flight.take(
             Job(draw.prompt, candidate, generator, key=draw.key, height=draw.height, width=draw.width)
         )  # fmt: skip
@@ -115,7 +120,8 @@ class DrawLoop:
     def round(self) -> list[FromWorker]:
         """Takes a step; what there is to tell after it."""
         started = time.perf_counter()
-        outcomes = [self._outcome(finished) for finished in self._flight.advance()]
+        outcomes = self._refused + [self._outcome(finished) for finished in self._flight.advance()]
+        self._refused = []
         self._drawing_seconds += time.perf_counter() - started
         previews = self._decoded_previews()
         self._previews.clear()

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from catimage_accel.serve.admission import QueueFull
+from catimage_accel.serve.backend import NoWorker
 from catimage_accel.serve.service import DeadlineMissed, Draining, DrawingFailed, Service
 
 __all__ = ["ApiError", "add_error_handlers", "described"]
@@ -41,8 +42,6 @@ class ApiError(Exception):
 
 def described(error: BaseException, service: Service) -> ApiError:
     """What a client is told of an error; one that is nobody's fault but the server's, without its particulars."""
-    if isinstance(error, BaseExceptionGroup):
-        return described(error.exceptions[0], service)
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -55,6 +54,12 @@ def described(error: BaseException, service: Service) -> ApiError:
         )
     if isinstance(error, Draining):
         return ApiError(503, str(error), code="draining", headers={"Retry-After": "5"})
+    if isinstance(error, NoWorker):
+        # Why was logged when the worker said so: it may tell of the machine.
+        return ApiError(
+            503, "no worker can load the catalog, which may have been changed; the server's log says why",
+            code="no_worker", headers={"Retry-After": "10"},
+        )  # fmt: skip
     if isinstance(error, DrawingFailed):
         logger.error("%s: %s", error, error.reason)
         return ApiError(500, str(error), code="drawing_failed", headers={"x-should-retry": "false"})
@@ -89,5 +94,5 @@ def add_error_handlers(app: FastAPI, service: Service) -> None:
     async def failed(_: Request, error: Exception) -> JSONResponse:
         return answer(described(error, service))
 
-    for kind in (ApiError, QueueFull, DeadlineMissed, Draining, DrawingFailed, ValueError):
+    for kind in (ApiError, QueueFull, DeadlineMissed, Draining, NoWorker, DrawingFailed, ValueError):
         app.add_exception_handler(kind, failed)

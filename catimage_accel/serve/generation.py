@@ -6,7 +6,7 @@ import asyncio
 import base64
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -46,9 +46,7 @@ class Generation:
 
     async def all(self) -> ImagesAnswer:
         """All images; if one of them fails the others are called off, and its error is raised."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._service.draw(request, routed=self._routed)) for request in self._requests]
-        pictures = [task.result() for task in tasks]
+        pictures = await _together(self._service.draw(request, routed=self._routed) for request in self._requests)
         files = [await asyncio.to_thread(encode, picture.pixels, self._format) for picture in pictures]
         data = [
             ImageFields(
@@ -80,9 +78,7 @@ class Generation:
             buffer.put(await self._completed(index, picture))
 
         try:
-            async with asyncio.TaskGroup() as group:
-                for index, request in enumerate(self._requests):
-                    group.create_task(one(index, request))
+            await _together(one(index, request) for index, request in enumerate(self._requests))
         except Exception as error:
             buffer.put({"type": "error", **described(error, self._service).body})
         finally:
@@ -130,6 +126,17 @@ class _Streamer(Observer):
     def _put(self, kind: str, slot: tuple[Any, ...] | None = None, **fields: Any) -> None:
         if self._generation._progress:
             self._buffer.put({"type": kind, "image_index": self._index, **fields}, slot)
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """All results; if one of them fails the others are called off, and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except ExceptionGroup as failed:
+        # Errors are answered by their class, which that of a group would hide.
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def while_connected(request: Request, work: Awaitable[_Result]) -> _Result:

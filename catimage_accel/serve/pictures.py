@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import secrets
 import time
@@ -50,11 +51,23 @@ class PictureStore:
         """Writes a file; returns its name."""
         name = f"{secrets.token_urlsafe(24)}.{output_format}"
         path = self._folder / name
-        path.write_bytes(data)
+        self._write(path, data)
         self._files[name] = _Stored(path, len(data), time.monotonic() + self._seconds)
         self._bytes += len(data)
         self._drop_old()
         return name
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """On a full disk at the cost of older pictures; what can't be written whole is not there."""
+        while True:
+            try:
+                path.write_bytes(data)
+                return
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._files:
+                    raise
+                self._drop_oldest()
 
     def find(self, name: str) -> Path | None:
         """The file of that name, None if there is none or its time is over."""
@@ -65,9 +78,12 @@ class PictureStore:
     def _drop_old(self) -> None:
         now = time.monotonic()
         while self._files:
-            name, oldest = next(iter(self._files.items()))
+            oldest = next(iter(self._files.values()))
             if oldest.until > now and (self._bytes <= self._max_bytes or len(self._files) == 1):
                 return
-            del self._files[name]
-            self._bytes -= oldest.size
-            oldest.path.unlink(missing_ok=True)
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, oldest = self._files.popitem(last=False)
+        self._bytes -= oldest.size
+        oldest.path.unlink(missing_ok=True)

@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from catimage_accel.serve.backend import OnPreview, OnProgress, OnRound, WorkerLost, failure
+from catimage_accel.serve.backend import NoWorker, OnPreview, OnProgress, OnRound, WorkerLost, failure
+from catimage_accel.serve.draw_loop import in_one_line
 from catimage_accel.serve.messages import Broken, Cancel, Draw, Drawn, Failed, Preview, Ready, Round, Stop
 from catimage_accel.serve.worker import WorkerSettings, run_worker
 
@@ -34,13 +35,15 @@ class _Flying:
 
 @dataclass(eq=False)
 class _Worker:
-    """One process; ``reserved`` by an image that wants it alone. ``heard`` is when it last said anything."""
+    """One process; ``reserved`` by an image that wants it alone. ``heard`` is when it last said anything, ``broken``
+    why the last process could draw nothing, until one is ready."""
 
     settings: WorkerSettings
     process: Any = None
     outbox: SimpleQueue[Any] = field(default_factory=SimpleQueue)
     flying: dict[str, _Flying] = field(default_factory=dict)
     ready: bool = False
+    broken: str | None = None
     reserved: str | None = None
     heard: float = 0.0
     losses: int = 0
@@ -90,6 +93,8 @@ class WorkerPool:
         self._stopping = True
         for task in self._tasks:
             task.cancel()
+        # A process that is being started is there afterwards, and is stopped with the others.
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for worker in self._workers:
             worker.outbox.put(Stop())
         running = [worker.process for worker in self._workers if worker.process is not None]
@@ -137,9 +142,11 @@ class WorkerPool:
             await self._tell_change()
 
     async def _place(self) -> _Worker:
-        """The ready worker with the fewest images."""
+        """The ready worker with the fewest images; NoWorker where all that could be waited for are broken."""
         async with self._changed:
             while not (free := [one for one in self._workers if one.ready and one.reserved is None]):
+                if all(one.broken is not None for one in self._workers):
+                    raise NoWorker(f"no worker can draw: {self._workers[0].broken}")
                 await self._changed.wait()
         return min(free, key=lambda worker: len(worker.flying))
 
@@ -149,12 +156,15 @@ class WorkerPool:
         worker.reserved = key
         try:
             async with self._changed:
-                await self._changed.wait_for(lambda: worker.ready and not worker.flying)
+                await self._changed.wait_for(lambda: worker.broken or (worker.ready and not worker.flying))
         except BaseException:
             worker.reserved = None
             await asyncio.shield(self._tell_change())
             raise
-        return worker
+        if worker.broken is None:
+            return worker
+        worker.reserved = None
+        return await self._reserve(key)
 
     async def _tell_change(self) -> None:
         async with self._changed:
@@ -166,16 +176,36 @@ class WorkerPool:
         task.add_done_callback(self._tasks.discard)
 
     async def _launch(self, worker: _Worker) -> None:
-        await asyncio.sleep(RESTART_PAUSES[min(worker.losses, len(RESTART_PAUSES) - 1)])
+        """Starts a process for ``worker``, trying until the machine has the files, memory and threads for it."""
+        while True:
+            await asyncio.sleep(RESTART_PAUSES[min(worker.losses, len(RESTART_PAUSES) - 1)])
+            starting = asyncio.ensure_future(asyncio.to_thread(self._start_process, worker))
+            try:
+                return await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                await asyncio.gather(starting, return_exceptions=True)
+                raise
+            except (OSError, EOFError, RuntimeError) as error:  # of the fork server, and of threads
+                worker.losses += 1
+                logger.warning("a worker process could not be started: %s; it is tried again", in_one_line(error))
+
+    def _start_process(self, worker: _Worker) -> None:
         ours, theirs = self._context.Pipe()
-        worker.process = self._context.Process(
-            target=self._target, args=(theirs, worker.settings), name="catimage worker", daemon=True
-        )
-        worker.outbox = SimpleQueue()
-        await asyncio.to_thread(worker.process.start)
-        theirs.close()
-        threading.Thread(target=_send, args=(ours, worker.outbox), daemon=True).start()
-        threading.Thread(target=self._receive, args=(worker, ours), daemon=True).start()
+        outbox: SimpleQueue[Any] = SimpleQueue()
+        try:
+            process = self._context.Process(
+                target=self._target, args=(theirs, worker.settings), name="catimage worker", daemon=True
+            )
+            process.start()
+            worker.process, worker.outbox = process, outbox
+            threading.Thread(target=_send, args=(ours, outbox), daemon=True).start()
+            threading.Thread(target=self._receive, args=(worker, ours), daemon=True).start()
+        except BaseException:
+            outbox.put(None)
+            ours.close()  # a process that did start ends by this
+            raise
+        finally:
+            theirs.close()
 
     def _receive(self, worker: _Worker, connection: Any) -> None:
         """In a thread: hands what the worker says to the event loop, and its end."""
@@ -192,15 +222,17 @@ class WorkerPool:
     def _hear(self, worker: _Worker, message: Any) -> None:
         worker.heard = time.monotonic()
         if isinstance(message, Ready):
-            worker.ready, worker.losses, self.unusable = True, 0, message.unusable
+            worker.ready, worker.broken, worker.losses, self.unusable = True, None, 0, message.unusable
             if self._first_ready is not None and not self._first_ready.done():
                 self._first_ready.set_result(None)
             self._run(self._tell_change())
         elif isinstance(message, Broken):
+            worker.broken = message.reason
             if self._first_ready is not None and not self._first_ready.done():
                 self._first_ready.set_exception(RuntimeError(message.reason))
                 self.broken = message.reason
             logger.error("a worker can draw nothing: %s", message.reason)
+            self._run(self._tell_change())
         elif isinstance(message, Round):
             self._on_round(message)
             for key, (step, steps) in message.progress.items():

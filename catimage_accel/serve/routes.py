@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
+from catimage_accel.arguments import check_budget
 from catimage_accel.catalog import Candidate, Catalog
 from catimage_accel.choosing import Chooser, Policy
-from catimage_accel.routing import choose, tradeoff_for_budget
+from catimage_accel.routing import choose, choose_reaching, choose_within_budget, tradeoff_for_budget
 
 __all__ = ["Choice", "Reason", "Routes"]
 
@@ -43,8 +44,9 @@ class Routes:
     def dearest(self) -> float:
         return max(self.costs.values())
 
-    def choose(self, prompt: str, policy: Policy) -> tuple[Choice, dict[str, float]]:
-        """By the policy alone, with every candidate's predicted quality (empty without a router).
+    def choose(self, prompt: str, policy: Policy, without: Collection[str] = ()) -> tuple[Choice, dict[str, float]]:
+        """By the policy alone, among all candidates but ``without``, with every candidate's predicted quality (empty
+        without a router).
 
         ValueError for a policy that can't be followed.
         """
@@ -58,6 +60,9 @@ class Routes:
         tradeoff = (
             (self.catalog.tradeoff if policy.tradeoff is None else policy.tradeoff) if reason == "tradeoff" else None
         )
+        if reason != "candidate" and candidate.name in without:
+            names = [name for name in self.costs if name not in without]
+            candidate = self.catalog.candidate(self._among(names, predicted, policy, tradeoff))
         return Choice(candidate, reason, tradeoff), predicted
 
     def adjust(
@@ -112,11 +117,22 @@ class Routes:
         cheaper = [one for one, cost in self.costs.items() if cost < self.costs[name] and one not in without]
         return self.catalog.candidate(max(cheaper, key=lambda one: self.costs[one])) if cheaper else None
 
+    def _among(self, names: list[str], predicted: Mapping[str, float], policy: Policy, tradeoff: float | None) -> str:
+        """What the policy chooses where there are only these."""
+        if tradeoff is not None:
+            return self._best(predicted, names, tradeoff)
+        price = {name: self.costs[name] for name in names}
+        quality, costs = np.array([[predicted[name] for name in names]]), np.array(list(price.values()))
+        if policy.min_quality is not None:
+            return names[int(choose_reaching(quality, costs, policy.min_quality)[0])]
+        check_budget(policy.budget, price, self.catalog.cost_unit)
+        return names[int(choose_within_budget(quality, costs, cast(float, policy.budget))[0])]
+
     def _best(self, predicted: Mapping[str, float], names: list[str], tradeoff: float) -> str:
         quality = np.array([[predicted[name] for name in names]])
         costs = np.array([self.costs[name] for name in names])
         # The tradeoff is by the dearest candidate of all, which may not be among these.
-        scaled = tradeoff * float(costs.max()) / self.dearest
+        scaled = tradeoff * (float(costs.max()) / self.dearest)
         return names[int(choose(quality, costs, scaled)[0])]
 
     def _find_max_tradeoff(self) -> float:

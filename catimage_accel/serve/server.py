@@ -136,7 +136,8 @@ def serve(
         )  # fmt: skip
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=15,
-            timeout_graceful_shutdown=int(settings.drain_seconds), h11_max_incomplete_event_size=16 * 1024,
+            timeout_graceful_shutdown=int(settings.drain_seconds),
+            http="h11", h11_max_incomplete_event_size=16 * 1024,  # httptools takes headers without end
         )  # fmt: skip
         server = _Server(config, service, pool, started, ready)
         server.run(sockets=[bound])

@@ -14,7 +14,7 @@ import numpy as np
 from catimage_accel.catalog import Catalog
 from catimage_accel.choosing import Policy
 from catimage_accel.serve.admission import Admission, QueueFull
-from catimage_accel.serve.backend import Backend, DrawFailed, OutOfMemory, WorkerLost
+from catimage_accel.serve.backend import Backend, DrawFailed, NoWorker, OutOfMemory, WorkerLost
 from catimage_accel.serve.load import LoadGauge, Pressure
 from catimage_accel.serve.messages import Draw, Drawn, Preview
 from catimage_accel.serve.metrics import Metrics
@@ -63,7 +63,8 @@ class Draining(RuntimeError):
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image. ``client`` is whom the queue shares the work between; ``deadline`` in the event loop's time."""
+    """One image. ``client`` is whom the queue shares the work between; ``deadline`` in the event loop's time;
+    ``without`` are candidates that can't draw its size."""
 
     prompt: str
     policy: Policy = field(default_factory=Policy)
@@ -73,6 +74,7 @@ class ImageRequest:
     previews: int = 0
     client: str = ""
     deadline: float | None = None
+    without: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,10 @@ class Service:
     def ready(self) -> bool:
         return self.backend.workers > 0 and not self.draining
 
-    async def routed(self, prompt: str, policy: Policy) -> Routed:
+    async def routed(self, prompt: str, policy: Policy, without: frozenset[str] = frozenset()) -> Routed:
         """What the router makes of a prompt, whatever the moment; ValueError for a policy that can't be followed."""
         async with self._routing:  # a router is not shared between threads
-            return await asyncio.to_thread(self.routes.choose, prompt, policy)
+            return await asyncio.to_thread(self.routes.choose, prompt, policy, without)
 
     async def route(self, prompt: str, policy: Policy) -> ServedRoute:
         """As a request would be routed now; errors as :meth:`routed`."""
@@ -167,21 +169,22 @@ class Service:
         """The picture. Cancelling the call takes it out of the queue, or frees its slot at the next step.
 
         ``routed`` is what :meth:`routed` said of it, if it was asked before.
-        Raises ValueError for what can't be asked for, QueueFull, DeadlineMissed, DrawingFailed or Draining.
+        Raises ValueError for what can't be asked for, QueueFull, DeadlineMissed, DrawingFailed, NoWorker or Draining.
         """
         if self.draining:
             raise Draining("the server is shutting down")
         observer = observer or Observer()
         began = time.perf_counter()
-        first, predicted = routed or await self.routed(request.prompt, request.policy)
-        cost = self.routes.costs[self._adjusted(first, predicted, request.deadline).candidate.name]
+        first, predicted = routed or await self.routed(request.prompt, request.policy, request.without)
+        likely = self._adjusted(first, predicted, request.deadline, request.without)
+        cost = self.routes.costs[likely.candidate.name]
         outcome, choice = "cancelled", first
         try:
             async with asyncio.timeout_at(request.deadline) as timeout:
                 observer.queued(self.admission.waiting + 1)
                 async with self.admission.place(request.client, cost):
                     queue_ms = (time.perf_counter() - began) * 1000
-                    choice = self._adjusted(first, predicted, request.deadline)
+                    choice = self._adjusted(first, predicted, request.deadline, request.without)
                     drawn, choice = await self._drawn(request, first, choice, predicted, observer)
             outcome = "drawn"
         except TimeoutError:
@@ -194,7 +197,7 @@ class Service:
         except QueueFull:
             outcome = "rejected"
             raise
-        except DrawingFailed:
+        except (DrawingFailed, NoWorker):
             outcome = "failed"
             raise
         finally:
@@ -289,7 +292,7 @@ class Service:
                 memory = isinstance(error, OutOfMemory)
                 failed |= {name}
                 logger.warning("candidate %s failed to draw: %s", name, error)
-                other = self._instead(first, choice, predicted, memory, failed)
+                other = self._instead(first, choice, predicted, memory, failed | request.without)
                 if other is None or failures > (MEMORY_RETRIES if memory else 1):
                     why = "there is too little memory for it" if memory else "drawing raised an error"
                     raise DrawingFailed(f"candidate {name} could not draw this image: {why}", str(error)) from None
@@ -302,16 +305,16 @@ class Service:
                 self.gauge.end(spent)
 
     def _instead(
-        self, first: Choice, choice: Choice, predicted: dict[str, float], memory: bool, failed: frozenset[str]
+        self, first: Choice, choice: Choice, predicted: dict[str, float], memory: bool, without: frozenset[str]
     ) -> Choice | None:
         """Who tries after a failure; a candidate that the client named tries again, unless memory is short."""
         if first.reason == "candidate":
             return None if memory else choice
         if memory:
-            cheaper = self.routes.cheaper_than(choice.candidate.name, failed | self._unusable())
+            cheaper = self.routes.cheaper_than(choice.candidate.name, without | self._unusable())
             return None if cheaper is None else Choice(cheaper, "retry", choice.tradeoff)
-        other = self._adjusted(first, predicted, without=failed)
-        return None if other.candidate.name in failed else replace(other, reason="retry")
+        other = self._adjusted(first, predicted, without=without)
+        return None if other.candidate.name in without else replace(other, reason="retry")
 
     def _judge(self, failed: frozenset[str], drew: str) -> None:
         """A candidate that failed where another one drew is at fault; after the second time it is left out a while."""

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from catimage_accel.catalog import Catalog
+from catimage_accel.engines.eager import PROMPT_CUT_OFF
 from catimage_accel.engines.loading import hide_progress_bars
 from catimage_accel.executor import Executor
 from catimage_accel.profiling import catalog_executor
@@ -72,6 +74,8 @@ def draw_messages(
 
     ``send`` takes what there is to tell: Ready first, or Broken and nothing else.
     """
+    # It is for who calls the pipeline: here each client's long prompts would fill the server's log.
+    warnings.filterwarnings("ignore", PROMPT_CUT_OFF)
     try:
         hide_progress_bars()
         catalog = Catalog.load(settings.folder)

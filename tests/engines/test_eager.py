@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,11 +49,24 @@ def test_encodes_as_diffusers(engine: EagerEngine, pipe: StableDiffusionPipeline
 
 def test_long_prompts_are_cut_with_a_warning(engine: EagerEngine) -> None:
     prompt = "a crown and " * 30 + "a zebra"
-    with pytest.warns(UserWarning, match=r"only 24 are read.*a zebra"):
+    with pytest.warns(UserWarning, match=r"cut off: 'a crown and .*\.\.\.' has .* only 24 are read") as caught:
         [state] = engine.encode_prompts([prompt])
+    assert len(str(caught[0].message)) < 250
     with pytest.warns(UserWarning, match="only 24 are read"):
         [same] = engine.encode_prompts([prompt.replace("zebra", "crown")])
     torch.testing.assert_close(state.hidden, same.hidden)
+
+
+def test_every_long_prompt_is_told_of_and_none_is_kept(engine: EagerEngine) -> None:
+    eager = sys.modules[EagerEngine.__module__]
+    before = dict(getattr(eager, "__warningregistry__", {}))
+    prompts = [f"{number:02} crowns and " + "a crown and " * 30 for number in range(20)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for prompt in prompts:
+            engine.encode_prompts([prompt])
+    assert sum("cut off" in str(one.message) for one in caught) == len(prompts)
+    assert {str(key) for key in getattr(eager, "__warningregistry__", {})} <= {str(key) for key in before} | {"version"}
 
 
 @pytest.mark.parametrize("deep", [None, DeepFeatures()], ids=["whole UNet", "DeepCache at a refresh of all rows"])
@@ -141,6 +156,11 @@ def without_tokenizer(folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
 
 
+def without_vocabulary(folder: Path) -> None:
+    for name in ("tokenizer.json", "merges.txt"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+
+
 def pickle_only(folder: Path) -> None:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
@@ -164,6 +184,7 @@ def edit(part: str, **values: Any) -> Callable[[Path], None]:
     [
         pytest.param(without_part, FileNotFoundError, r"vae/config\.json is missing", id="no VAE"),
         pytest.param(without_tokenizer, FileNotFoundError, "tokenizer is missing", id="no tokenizer"),
+        pytest.param(without_vocabulary, FileNotFoundError, "tokenizer has no vocabulary", id="no vocabulary"),
         pytest.param(pickle_only, FileNotFoundError, "a pickle, which is never loaded", id="UNet is a pickle"),
         pytest.param(text_pickle_only, FileNotFoundError, r"pytorch_model\.bin, a pickle", id="text is a pickle"),
         pytest.param(edit("vae", _class_name="AutoencoderTiny"), ValueError, "'AutoencoderTiny'", id="VAE class"),
@@ -180,3 +201,14 @@ def test_folders_are_checked_before_loading(
     for check in (check_model_folder, EagerEngine):
         with pytest.raises(error, match=message):
             check(folder)
+
+
+def test_a_vocabulary_in_two_files_is_one(tiny_sd_folder: Path, tmp_path: Path, engine: EagerEngine) -> None:
+    folder = shutil.copytree(tiny_sd_folder, tmp_path / "two files")
+    model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]))
+    [state] = EagerEngine(folder).encode_prompts(["three lemons"])
+    [expected] = engine.encode_prompts(["three lemons"])
+    torch.testing.assert_close(state.hidden, expected.hidden)

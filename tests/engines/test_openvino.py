@@ -153,3 +153,24 @@ def test_a_runtime_for_cpus_only() -> None:
     assert "the device is cuda:0" in str(OpenVINO().why_not(torch.device("cuda:0")))
     assert OpenVINO().why_not(torch.device("cpu")) is None
     assert OpenVINO().version()[0].isdigit()
+
+
+def test_another_batch_size_after_the_cache_was_pruned(tiny_sd_folder: Path, tiny_unet: Any, tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path)
+    one = runner(tiny_sd_folder, cache)
+    run(one, *unet_inputs(2))
+    assert cache.prune(0)
+    for inputs in (unet_inputs(4), unet_inputs(5)):
+        torch.testing.assert_close(run(one, *inputs), tiny_unet(*inputs).sample, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no record.json"), ValueError("record.json is no JSON")], ids=repr)
+def test_a_record_that_goes_while_it_is_read_is_told_as_what_eager_can_replace(
+    tiny_sd_folder: Path, cache: EngineCache, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def gone(_: Path) -> Any:
+        raise error
+
+    monkeypatch.setattr("catimage_accel.engines.openvino.read_record", gone)
+    with pytest.raises(EngineUnavailable, match=f"openvino can't run the unet: {error}; use engine 'onnxruntime'"):
+        run(runner(tiny_sd_folder, cache), *unet_inputs(2))

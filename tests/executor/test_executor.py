@@ -327,3 +327,10 @@ def test_importing_the_executor_imports_neither_diffusers_nor_transformers() -> 
 def test_refuses_a_batch_size(max_batch: Any) -> None:
     with pytest.raises(ValueError, match="max_batch is"):
         Executor(max_batch=max_batch)
+
+
+def test_sides_may_be_numpys_whole_numbers(executor: Executor, tiny_sd_folder: Path) -> None:
+    own = Job("a dog", candidate(tiny_sd_folder), torch.Generator().manual_seed(1), height=np.int64(96), width=64)  # type: ignore[arg-type]
+    [outcome] = finished(executor, [own])
+    assert outcome.image is not None
+    assert outcome.image.shape == (96, 64, 3)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 from serving import Server, start_server
+
+from catimage_accel.catalog import Catalog
 
 CANDIDATES = ("cheap-2", "middle-3", "dear-4")
 PICTURES = 24
@@ -76,5 +80,32 @@ def test_no_request_is_lost_and_no_picture_changed(tiny_catalog: Path, kills: in
         assert len(outcomes) > kills
         assert server.metric("catimage_worker_restarts") >= kills * 0.9
         assert server.metric("catimage_queue_depth") == server.metric("catimage_in_flight") == 0
+    finally:
+        assert server.stop() == 0
+
+
+def test_a_catalog_that_is_changed_under_the_server(tiny_catalog: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_catalog, tmp_path / "catalog"))
+    server = start_server(folder, "--latency-target", "0")
+
+    def draw(candidate: str) -> httpx.Response:
+        request = {"prompt": "a dog", "candidate": candidate}
+        return httpx.post(f"{server.url}/v1/images/generations", json=request, timeout=60)
+
+    try:
+        catalog = Catalog.load(folder)
+        fewer = tuple(one for one in catalog.candidates if one.name != "dear-4")
+        replace(catalog, candidates=fewer).save(folder).write_checksums()
+        os.kill(server.worker_pids()[0], signal.SIGKILL)
+        assert draw("dear-4").json()["error"]["code"] == "drawing_failed"
+        assert draw("cheap-2").status_code == 200
+        assert server.metric("catimage_worker_restarts") == 1
+
+        (folder / "catalog.toml").write_text("")
+        os.kill(server.worker_pids()[0], signal.SIGKILL)
+        refused = draw("cheap-2")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_worker")
+        assert str(tmp_path) not in refused.text
+        assert "catalog.toml" in "\n".join(server.lines)
     finally:
         assert server.stop() == 0

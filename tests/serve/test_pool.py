@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import resource
+import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from catimage_accel.serve.backend import WorkerLost
+from catimage_accel.serve.backend import NoWorker, WorkerLost
 from catimage_accel.serve.draw_loop import preview_steps
 from catimage_accel.serve.messages import Draw, Preview
 from catimage_accel.serve.pool import WorkerPool
@@ -160,3 +163,46 @@ def test_a_catalog_that_cannot_be_loaded_is_told_at_the_start(tmp_path: Path) ->
 
     with pytest.raises(RuntimeError, match=r"catalog\.toml"):
         with_pool(tmp_path, body)
+
+
+def test_a_worker_that_could_not_be_started_is_there_once_it_can(
+    tiny_catalog: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def body(pool: WorkerPool) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))  # what is open stays so, and no more is opened
+        try:
+            os.kill(pool.pids[0], signal.SIGKILL)
+            while sum("could not be started" in one for one in caplog.messages) < 2:
+                await asyncio.sleep(0.05)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert "Too many open files" in caplog.text
+        assert (await pool.draw(draw("after"))).pixels.shape == (64, 64, 3)
+
+    with caplog.at_level(logging.WARNING):
+        with_pool(tiny_catalog, body)
+
+
+def test_while_the_catalog_is_broken_nobody_waits_for_a_worker(tiny_catalog: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_catalog, tmp_path / "catalog"))
+    file = folder / "catalog.toml"
+    text = file.read_text()
+
+    async def body(pool: WorkerPool) -> None:
+        file.write_text(text.replace("tradeoff", "tradeof"))
+        waiting = asyncio.create_task(pool.draw(draw("waits")))
+        await asyncio.sleep(0)
+        os.kill(pool.pids[0], signal.SIGKILL)
+        with pytest.raises(WorkerLost):
+            await waiting
+        for alone in (False, True):
+            with pytest.raises(NoWorker, match=r"catalog\.toml"):
+                await pool.draw(draw("at once"), alone=alone)
+        file.write_text(text)
+        while not pool.workers:
+            await asyncio.sleep(0.05)
+        assert (await pool.draw(draw("after"))).pixels.shape == (64, 64, 3)
+
+    with_pool(folder, body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ def test_load_makes_routes_cheaper(routes: Routes, raised: float, name: str) -> 
     assert found.candidate.name == name
     if name != "dear-4":
         assert (found.reason, found.tradeoff) == ("load", raised)
+
+
+def test_the_greatest_number_is_a_tradeoff(routes: Routes) -> None:
+    first = choice(routes, "cheap-2", tradeoff=sys.float_info.max)
+    assert routes.adjust(first, PREDICTED) is first
 
 
 def test_load_never_makes_a_budget_dearer(routes: Routes) -> None:
@@ -100,3 +106,28 @@ def test_a_catalog_without_a_router_draws_with_named_candidates_only(tiny_catalo
     assert routes.choose("a dog", Policy(candidate="cheap-2"))[0].candidate.name == "cheap-2"
     with pytest.raises(ValueError, match="no router; name a candidate: cheap-2"):
         routes.choose("a dog", Policy())
+
+
+@pytest.mark.parametrize(
+    ("policy", "without", "name"),
+    [
+        (Policy(tradeoff=0.0), {"cheap-2"}, "dear-4"),
+        (Policy(tradeoff=0.0), {"dear-4"}, "middle-3"),
+        (Policy(tradeoff=10.0), {"cheap-2"}, "middle-3"),
+        (Policy(budget=8.0), {"dear-4"}, "middle-3"),
+        (Policy(min_quality=0.0), {"cheap-2"}, "middle-3"),
+        (Policy(candidate="dear-4"), {"cheap-2", "middle-3"}, "dear-4"),
+    ],
+    ids=["the-choice-is-there", "the-best-is-not", "nor-the-cheapest", "in-a-budget", "of-a-quality", "named"],
+)
+def test_the_policy_chooses_among_those_that_can_draw_it(
+    routes: Routes, policy: Policy, without: set[str], name: str
+) -> None:
+    found, _ = routes.choose("a dog, a cat and three crowns", policy, without)
+    assert found.candidate.name == name
+    assert found.reason in ("tradeoff", "budget", "min_quality", "candidate")
+
+
+def test_a_budget_for_none_of_those_that_can_draw_it_is_refused(routes: Routes) -> None:
+    with pytest.raises(ValueError, match=r"budget is 2\.0; accepted: a finite number of at least 3 GFLOP"):
+        routes.choose("a dog", Policy(budget=2.0), {"cheap-2"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from pathlib import Path
 
@@ -61,3 +62,41 @@ def test_after_its_time_a_picture_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
     now[0] += 61
     assert store.find(name) is None
     assert not list(tmp_path.iterdir())
+
+
+class FullDisk:
+    """Of ``room`` bytes under ``folder``: a file that is larger than what is left is written as far as it goes."""
+
+    def __init__(self, folder: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.room = folder, room
+        write = Path.write_bytes
+
+        def write_bytes(path: Path, data: bytes) -> int:
+            left = self.room - sum(self.sizes())
+            write(path, data[:left])
+            if len(data) > left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return len(data)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+    def sizes(self) -> list[int]:
+        return [file.stat().st_size for file in self.folder.iterdir()]
+
+
+def test_on_a_full_disk_the_oldest_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullDisk(tmp_path, 100, monkeypatch)
+    store = PictureStore(tmp_path)
+    names = [store.add(bytes(40), "png") for _ in range(4)]
+    assert [store.find(name) is not None for name in names] == [False, False, True, True]
+    assert disk.sizes() == [40, 40]
+
+
+def test_what_no_disk_has_room_for_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullDisk(tmp_path, 100, monkeypatch)
+    store = PictureStore(tmp_path)
+    store.add(bytes(40), "png")
+    with pytest.raises(OSError, match="No space left"):
+        store.add(bytes(101), "png")
+    assert disk.sizes() == []
+    assert store.find(store.add(bytes(60), "png")) is not None

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import Server, start_server
+from serving import COMMAND, Server, start_server
 
 import catimage_accel as ca
 
@@ -195,6 +199,31 @@ class TestAnswers:
         assert answer.status_code == 413
         assert answer.json()["error"]["code"] == "body_too_large"
 
+    def test_large_headers_are_refused(self, server: Server) -> None:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+            with contextlib.suppress(ConnectionError):  # refused before it was all sent
+                for number in range(100):
+                    client.sendall(b"X-%d: %s\r\n" % (number, b"a" * 10_000))
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1000).startswith(b"HTTP/1.1 400 ")
+
+    def test_a_missed_deadline_keeps_the_connection_and_the_log(self, server: Server) -> None:
+        lines = len(server.lines)
+        connection = HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+        late = json.dumps({"prompt": "a dog", "candidate": "dear-4", "deadline_ms": 1})
+        for body, status in ((late, 408), (late, 408), (json.dumps({"prompt": "a dog"}), 200)):
+            connection.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == status
+            assert answer.getheader("connection") != "close"
+            assert connection.sock is not None
+            connection.auto_open = 0  # the next one is on this connection, or fails
+        connection.close()
+        assert server.lines[lines:] == []
+
     def test_unknown_pictures_and_paths(self, http: httpx.Client) -> None:
         for path in (
             "/v1/images/files/x.png",
@@ -312,6 +341,21 @@ def test_told_to_end_it_finishes_what_it_accepted_and_exits_0(tiny_catalog: Path
     for pid in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_told_to_end_before_a_worker_is_there_it_exits_0(tiny_catalog: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "serve", "--catalog", str(tiny_catalog), "--port", "0"],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "http://" in line:
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert "Traceback" not in "".join(lines)
 
 
 def test_a_taken_port_is_told_in_one_line(server: Server, tiny_catalog: Path) -> None:

@@ -174,6 +174,16 @@ def test_candidates_that_the_workers_cannot_load_draw_nothing(catalog: Catalog) 
     assert drawn_by(catalog, workers, DEAR).route.candidate == "middle-3"
 
 
+def test_candidates_that_cannot_draw_the_size_do_not_stand_in(catalog: Catalog) -> None:
+    sized = replace(DEAR, without=frozenset({"middle-3"}))
+    workers = FailingWorkers(lambda draw, _: OutOfMemory("too much") if draw.candidate == "dear-4" else 0.0)
+    assert drawn_by(catalog, workers, sized).route.candidate == "cheap-2"
+    workers = FailingWorkers(lambda *_: DrawFailed("broken"))
+    with pytest.raises(DrawingFailed):
+        drawn_by(catalog, workers, sized)
+    assert [name for name, _ in workers.drawn] == ["dear-4", "cheap-2"]
+
+
 @pytest.mark.parametrize("queued", [False, True], ids=["while-drawn", "while-queued"])
 def test_a_missed_deadline_calls_the_image_off(catalog: Catalog, queued: bool) -> None:
     async def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from catimage_accel.serve import worker
 from catimage_accel.serve.draw_loop import DrawLoop
-from catimage_accel.serve.messages import Draw, Drawn, Ready, Stop
+from catimage_accel.serve.messages import Draw, Drawn, Failed, Ready, Stop
 from catimage_accel.serve.worker import WorkerSettings, draw_messages
 
 PATIENCE = 60.0
@@ -72,3 +73,22 @@ def test_it_goes_on_when_nobody_asks_any_more(tiny_catalog: Path, monkeypatch: p
         until_drawn(told, "0")
         while told.get(timeout=PATIENCE) != "warm":
             pass
+
+
+def test_a_candidate_that_is_gone_from_the_catalog_fails_its_image_only(tiny_catalog: Path) -> None:
+    with running(tiny_catalog) as (inbox, told):
+        inbox.put(Draw("gone", "a dog", "dear-9", 0))
+        inbox.put(Draw("there", "a dog", "dear-4", 0))
+        seen = until_drawn(told, "there")
+        [failed] = [one for one in seen if isinstance(one, Failed)]
+        assert (failed.key, failed.kind) == ("gone", "candidate")
+        assert "'dear-9'" in failed.reason
+
+
+def test_a_clients_long_prompt_is_no_warning_of_the_workers(tiny_catalog: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with running(tiny_catalog) as (inbox, told):
+            inbox.put(Draw("long", "a crown and " * 30, "dear-4", 0))
+            until_drawn(told, "long")
+    assert "cut off" not in " ".join(str(one.message) for one in caught)
