@@ -31,7 +31,8 @@ from splits import interval  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from catimage_accel.accelerate import accelerate  # noqa: E402
-from catimage_accel.accelerate.deep_cache import INTERVALS, swap_deep_blocks  # noqa: E402
+from catimage_accel.accelerate.deep_blocks import swap_deep_blocks  # noqa: E402
+from catimage_accel.accelerate.deep_cache import INTERVALS  # noqa: E402
 from catimage_accel.catalog import Catalog  # noqa: E402
 from catimage_accel.quality import CLIPScore  # noqa: E402
 from catimage_accel.zoo.training.data import held_out_captions  # noqa: E402

@@ -9,7 +9,8 @@ from torch import nn
 
 from catimage_accel.accelerate.compiled import DEFAULT, WITHOUT_GRAPHS, CompiledForward, modes
 from catimage_accel.accelerate.cuda_graphs import GraphedForward
-from catimage_accel.accelerate.deep_cache import DeepCachedForward, check_deep_blocks, interval_of, swap_deep_blocks
+from catimage_accel.accelerate.deep_blocks import check_deep_blocks, swap_deep_blocks
+from catimage_accel.accelerate.deep_cache import DeepCachedForward, interval_of
 from catimage_accel.accelerate.modules import DECODER, UNET, denoisers_and_decoder, is_compiled, unwrapped
 
 

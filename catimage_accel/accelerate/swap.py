@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from catimage_accel.accelerate import deep_cache
+from catimage_accel.accelerate import deep_blocks, deep_cache
 from catimage_accel.accelerate.attention import FusedAttention, FusedAttnProcessor, restore_attention, swap_attention
 from catimage_accel.accelerate.forwards import check_forwards, compile_mode, restore_forwards, swap_forwards
 from catimage_accel.accelerate.layer_skip import register_layer_skip
@@ -34,7 +34,7 @@ ORIGINALS: Originals = {
     FusedResnetBlock2D: (ResnetBlock2D, ()),
     FusedSiLU: (nn.SiLU, ("norms_apply_it",)),
     FusedTransformerBlock: (BasicTransformerBlock, ()),
-    **deep_cache.ORIGINALS,
+    **deep_blocks.ORIGINALS,
 }
 
 
@@ -90,7 +90,7 @@ def accelerate(
 
         swap_text_encoder(encoder)
     for _, component in models:
-        _restore_classes(component, deep_cache.ORIGINALS)
+        _restore_classes(component, deep_blocks.ORIGINALS)
         swap_attention(component)
         swap_resnets(component)
         swap_transformers(component)
