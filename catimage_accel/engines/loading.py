@@ -65,6 +65,11 @@ def check_model_folder(model: Path, unet: str = "unet", vae: str = OWN_VAE) -> N
                 f"{model / part / 'config.json'}: time_cond_proj_dim is {config['time_cond_proj_dim']}; accepted: "
                 "UNets without a guidance embedding"
             )
+        if part == unet and config.get("sample_size") is None:
+            raise ValueError(
+                f"{model / part / 'config.json'}: sample_size is missing; accepted: the side of the latents that "
+                "the UNet was trained on, such as 64"
+            )
         _weight_variant(model / part, part)
     if vae != OWN_VAE:
         found, own = (_latents_of(model / name / "config.json") for name in (vae, OWN_VAE))
