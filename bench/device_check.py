@@ -117,7 +117,7 @@ def tuning(device: Any, seconds: float, beside: Path) -> Iterable[dict[str, Any]
         entries = configs.read_entries(op, slug) or []
         try:
             for tuned in tune(op, device, until=now + (end - now) / (len(TUNED_OPS) - position)):
-                entries = [entry for entry in entries if entry["shape"] != tuned.shape] + [tuned.entry]
+                entries = configs.with_entry(entries, tuned.entry)
                 for folder in {configs.FOLDER, beside}:
                     write(folder / f"{op}.{slug}.json", entries)
                 configs.forget()

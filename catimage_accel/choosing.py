@@ -42,6 +42,18 @@ class Policy:
         return self.budget if isinstance(self.budget, BudgetPacer) else None
 
 
+def choose_by(policy: Policy, quality: np.ndarray, costs: np.ndarray, tradeoff: float) -> np.ndarray:
+    """What a policy without a pacer chooses, as ``routing.choose``; by ``tradeoff`` where it asks for no budget and no
+    quality. Budgets are to be checked before."""
+    from catimage_accel.routing import choose, choose_reaching, choose_within_budget
+
+    if policy.budget is not None:
+        return choose_within_budget(quality, costs, cast(float, policy.budget))
+    if policy.min_quality is not None:
+        return choose_reaching(quality, costs, policy.min_quality)
+    return choose(quality, costs, tradeoff)
+
+
 class Chooser:
     """Chooses candidates of ``catalog``; its router is loaded when first needed."""
 
@@ -56,8 +68,6 @@ class Chooser:
 
         ValueError for a policy of two, or a wrong one, naming it; FileNotFoundError without the router it needs.
         """
-        from catimage_accel.routing import choose, choose_reaching, choose_within_budget
-
         check_one_of(
             tradeoff=policy.tradeoff, budget=policy.budget, min_quality=policy.min_quality, candidate=policy.candidate
         )
@@ -79,13 +89,9 @@ class Chooser:
             chosen = np.full(len(prompts), names.index(policy.candidate))
         elif pacer is not None:
             chosen = pacer.choose(quality, images=images)
-        elif policy.budget is not None:
-            chosen = choose_within_budget(quality, array, cast(float, policy.budget))
-        elif policy.min_quality is not None:
-            chosen = choose_reaching(quality, array, policy.min_quality)
         else:
             own = self.catalog.tradeoff if policy.tradeoff is None else policy.tradeoff
-            chosen = choose(quality, array, own)
+            chosen = choose_by(policy, quality, array, own)
         return [
             (self.catalog.candidates[index], dict(zip(names, row.tolist(), strict=True)))
             for index, row in zip(chosen.tolist(), quality, strict=True)

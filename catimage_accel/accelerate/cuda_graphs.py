@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from catimage_accel.accelerate.snapshot import Snapshot
+from catimage_accel.kernels.capture import capturing
 
 DEVICE = "cuda"
 MAX_GRAPHS = 8  # of one model; they share the memory of what lies between input and result
@@ -115,8 +116,7 @@ class Recorder:
             with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UPS):
                     run()
-            # torch 2.11 leaves the thread on the capture's stream where the capture fails.
-            with torch.cuda.stream(caller), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with capturing(graph, self._stream, pool=self._pool):
                 result = run()
             caller.wait_stream(self._stream)
         self._pool = graph.pool()

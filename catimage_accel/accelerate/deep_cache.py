@@ -31,7 +31,8 @@ class _Denoising:
     """Where the denoising of one text is."""
 
     text: weakref.ref[Tensor]
-    kind: tuple[Any, ...]  # with the thread: two of them may draw the same
+    thread: int  # two of them may draw the same
+    kind: tuple[Any, ...]
     place: Any
     age: int
     kept: Tensor | None
@@ -87,9 +88,10 @@ class DeepCachedForward:
     def _find(self, sample: Tensor, timestep: Any, text: Tensor) -> _Denoising:
         """The loop that this call belongs to, at the age of its features: 0 where they have to be made."""
         thread = threading.get_ident()
-        kind = (thread, sample.shape, sample.dtype, sample.device)
+        kind = (sample.shape, sample.dtype, sample.device)
         place = _place(timestep)
-        for one in self._running:
+        mine = [one for one in self._running if one.thread == thread]
+        for one in mine:
             if one.text() is text and one.kind == kind and _goes_on(one.place, place):
                 one.place = place
                 interval = _interval(timestep, self.interval)
@@ -104,10 +106,9 @@ class DeepCachedForward:
                 with forward._turn:
                     forward._running = tuple(one for one in forward._running if one.text is not dead)
 
-        mine = [one for one in self._running if one.kind[0] == thread]
         repeats = any(one.text() is text and one.place == place for one in mine)
-        new = _Denoising(weakref.ref(text, forget_text), kind, place, 0, None, repeats)
-        others = [one for one in self._running if one.kind[0] != thread]
+        new = _Denoising(weakref.ref(text, forget_text), thread, kind, place, 0, None, repeats)
+        others = [one for one in self._running if one.thread != thread]
         self._running = (new, *[one for one in mine if one.text() is not text][: MAX_TEXTS - 1], *others)
         return new
 

@@ -46,7 +46,7 @@ def tune(
         with progress_bar() as progress:
             bar = progress.add_task(f"tuning {name}", total=None)
             for tuned in tune(name, found):
-                entries = [entry for entry in entries if entry["shape"] != tuned.shape] + [tuned.entry]
+                entries = tuning.with_entry(entries, tuned.entry)
                 progress.advance(bar)
                 for workload, ms in tuned.ms.items():
                     results().print(

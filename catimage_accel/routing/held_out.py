@@ -51,10 +51,11 @@ def predict_held_out(
         predicted = router_factory().fit(training.imputed()).predict(complete.prompts)
         return HeldOut(predicted, complete, np.zeros(len(rows), dtype=np.intp), kinds, left_out)
     partial = np.setdiff1d(np.arange(len(ratings)), rows)
+    spelling = [plain_text(prompt) for prompt in ratings.prompts]
     predicted, fold = np.empty_like(complete.scores), np.empty(len(complete), dtype=np.intp)
     for number, (training_rows, held_out) in enumerate(complete.fold_rows(folds, seed)):
-        judged_here = {plain_text(complete.prompts[row]) for row in held_out}
-        learnt = [row for row in partial if plain_text(ratings.prompts[row]) not in judged_here]
+        judged_here = {spelling[row] for row in rows[held_out]}
+        learnt = [row for row in partial if spelling[row] not in judged_here]
         training = ratings.select(np.sort(np.concatenate([rows[training_rows], np.array(learnt, dtype=np.intp)])))
         router = router_factory().fit(training.imputed())
         predicted[held_out] = router.predict([complete.prompts[row] for row in held_out])

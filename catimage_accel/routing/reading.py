@@ -60,7 +60,8 @@ def read_parquet(path: str | Path, costs: Mapping[str, float], metric: str) -> R
     finite.
     """
     samples = [sample for sample in _samples(path, metric) if sample[1] in costs]
-    unscored = [candidate for candidate in costs if candidate not in {name for _, name, _ in samples}]
+    scored = {candidate for _, candidate, _ in samples}
+    unscored = [candidate for candidate in costs if candidate not in scored]
     if unscored:
         raise ValueError(
             f"{path} has no score of {', '.join(unscored)}; score every candidate with `catimage profile` first"

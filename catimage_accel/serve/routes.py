@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 
 from catimage_accel.arguments import check_budget
 from catimage_accel.catalog import Candidate, Catalog
-from catimage_accel.choosing import Chooser, Policy
-from catimage_accel.routing import choose, choose_reaching, choose_within_budget, tradeoff_for_budget
+from catimage_accel.choosing import Chooser, Policy, choose_by
+from catimage_accel.routing import tradeoff_for_budget
 
 __all__ = ["Choice", "Reason", "Routes"]
 
@@ -62,7 +62,8 @@ class Routes:
         )
         if reason != "candidate" and candidate.name in without:
             names = [name for name in self.costs if name not in without]
-            candidate = self.catalog.candidate(self._among(names, predicted, policy, tradeoff))
+            check_budget(policy.budget, {name: self.costs[name] for name in names}, self.catalog.cost_unit)
+            candidate = self.catalog.candidate(self._among(names, predicted, policy, tradeoff or 0.0))
         return Choice(candidate, reason, tradeoff), predicted
 
     def adjust(
@@ -117,23 +118,16 @@ class Routes:
         cheaper = [one for one, cost in self.costs.items() if cost < self.costs[name] and one not in without]
         return self.catalog.candidate(max(cheaper, key=lambda one: self.costs[one])) if cheaper else None
 
-    def _among(self, names: list[str], predicted: Mapping[str, float], policy: Policy, tradeoff: float | None) -> str:
-        """What the policy chooses where there are only these."""
-        if tradeoff is not None:
-            return self._best(predicted, names, tradeoff)
-        price = {name: self.costs[name] for name in names}
-        quality, costs = np.array([[predicted[name] for name in names]]), np.array(list(price.values()))
-        if policy.min_quality is not None:
-            return names[int(choose_reaching(quality, costs, policy.min_quality)[0])]
-        check_budget(policy.budget, price, self.catalog.cost_unit)
-        return names[int(choose_within_budget(quality, costs, cast(float, policy.budget))[0])]
-
     def _best(self, predicted: Mapping[str, float], names: list[str], tradeoff: float) -> str:
+        return self._among(names, predicted, Policy(), tradeoff)
+
+    def _among(self, names: list[str], predicted: Mapping[str, float], policy: Policy, tradeoff: float) -> str:
+        """What the policy chooses where there are only these; by ``tradeoff`` where it is one of a tradeoff or none."""
         quality = np.array([[predicted[name] for name in names]])
         costs = np.array([self.costs[name] for name in names])
         # The tradeoff is by the dearest candidate of all, which may not be among these.
         scaled = tradeoff * (float(costs.max()) / self.dearest)
-        return names[int(choose(quality, costs, scaled)[0])]
+        return names[int(choose_by(policy, quality, costs, scaled)[0])]
 
     def _find_max_tradeoff(self) -> float:
         """The tradeoff at which the profiled prompts cost a tenth more than the cheapest candidate.

@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -105,6 +105,11 @@ def _entries(op: str, slug: str) -> list[dict[str, Any]]:
 
 def _covers(tuned: dict[str, int], default: dict[str, int]) -> bool:
     return all(tuned.get(name) == size for name, size in default.items())
+
+
+def with_entry(entries: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of an op's file and a new one, in the place of an older one of its shape."""
+    return [entry for entry in entries if entry["shape"] != new["shape"]] + [new]
 
 
 @cache

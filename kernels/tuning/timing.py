@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from catimage_accel.kernels.capture import capturing
+
 WARMUP = 3
 
 
@@ -58,8 +60,7 @@ class DeviceTimer:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            # torch 2.11 leaves the thread on the side stream where a capture fails.
-            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph, stream=side):
+            with capturing(graph, side):
                 call()
         except RuntimeError:
             torch.cuda.synchronize(self.device)

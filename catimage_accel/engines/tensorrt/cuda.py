@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from catimage_accel.engines.unavailable import EngineUnavailable
+from catimage_accel.kernels.capture import capturing
 
 __all__ = ["Lane", "current"]
 
@@ -68,11 +69,7 @@ class Lane:
         caller = torch.cuda.current_stream()
         self._own.wait_stream(caller)
         try:
-            # torch 2.11 leaves the thread on the capture's stream where the capture fails.
-            with (
-                torch.cuda.stream(caller),
-                torch.cuda.graph(graph, stream=self._own, capture_error_mode="thread_local"),
-            ):
+            with capturing(graph, self._own, capture_error_mode="thread_local"):
                 launch(self._own.cuda_stream)
         except RuntimeError:
             return None
