@@ -4,7 +4,7 @@
     python bench/bench_mixes.py --catalog CATALOG [--without NAME ...] [--prompts more.txt] [--tradeoffs 0 0.05 ...]
 
 The first table: the mean cost of the cheapest mix of candidates that has 98%, 99% and 99.5% of the best candidate's
-mean score, with all candidates and without those that are named (by default those that SnapFusion's methods made), of
+mean score, with all candidates and without those that are named (by default those that `catimage distill` made), of
 float32 candidates and of all. The second, for other prompts: mean cost, mean predicted quality and the most frequent
 routes at each tradeoff. Costs are the catalog's own.
 """
@@ -34,8 +34,8 @@ TRADEOFFS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 SHOWN_ROUTES = 3
 
 
-def is_snapfusions(candidate: Candidate) -> bool:
-    """Whether one of SnapFusion's methods made its UNet or its decoder."""
+def is_distilled(candidate: Candidate) -> bool:
+    """Whether `catimage distill` made its UNet or its decoder."""
     return not {candidate.unet, candidate.vae}.isdisjoint(PARTS.values())
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--tradeoffs", type=float, nargs="+", default=list(TRADEOFFS))
     args = parser.parse_args()
     catalog = Catalog.load(args.catalog)
-    without = set(args.without or (one.name for one in catalog.candidates if is_snapfusions(one)))
+    without = set(args.without or (one.name for one in catalog.candidates if is_distilled(one)))
     for name in without:
         catalog.candidate(name)  # tells of one that is not there
     print(f"without: {', '.join(sorted(without))}")

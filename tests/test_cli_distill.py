@@ -41,10 +41,11 @@ def test_a_decoder_is_made_and_its_folder_told(recipe: Path, tmp_path: Path) -> 
     ("arguments", "told"),
     [
         (["steps", "student-9"], "student-9 is no file; accepted: a TOML file, or the name of a shipped recipe: "),
-        (["architecture", "RECIPE"], "but there is no such key; accepted: model, data, "),
+        (["architecture", "RECIPE"], "but there is no such key; accepted: model, "),
+        (["guidance", "RECIPE"], "but there is no such key; accepted: model, "),
         (["decoder", "RECIPE", "--device", "cuda"], "device is 'cuda', but torch sees no CUDA device"),
     ],
-    ids=["no such recipe", "a recipe of another kind", "no such device"],
+    ids=["no such recipe", "a recipe of another kind", "a decoder's for a student", "no such device"],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(
     recipe: Path, tmp_path: Path, arguments: list[str], told: str

@@ -10,7 +10,7 @@ import torch
 
 from catimage_accel.kernels.device import device_name
 
-__all__ = ["device_key", "int8_weight_bits", "os_key"]
+__all__ = ["bfloat16_arithmetic", "device_key", "int8_weight_bits", "os_key"]
 
 # What compiled code chooses between, as /proc/cpuinfo calls it: x86-64, then AArch64.
 _INSTRUCTION_SETS = (
@@ -47,6 +47,14 @@ def int8_weight_bits() -> int:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return 8
     return 8 if {"avx_vnni", "avx512_vnni", "amx_int8", "avx10_2"}.intersection(_instruction_sets()) else 7
+
+
+def bfloat16_arithmetic() -> bool:
+    """Whether the processor multiplies bfloat16 numbers itself; where the system doesn't tell, it is taken not to.
+
+    oneDNN says that it supports them on any AVX-512, where it imitates them several times slower than float32.
+    """
+    return bool({"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "svebf16"}.intersection(_instruction_sets()))
 
 
 @cache

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from catimage_accel.routing.evaluation import Evaluation
 from catimage_accel.storage import write_atomic
 
@@ -18,6 +20,7 @@ INK, MUTED, GRID = "#22252b", "#6b7280", "#e3e5e9"
 COLOURS = ("#2f6fde", "#c2571a", "#0f8a73", "#8e4bbd", "#b4577a", "#8a7410")
 LINE_SHARE = 0.045  # of the axes' height: one label's
 NAME_SHARE = 0.2  # of the axes' width: one candidate's name
+LOG_FROM = 8.0  # times the cheapest candidate's cost: dearest ones from here on make the axis of costs logarithmic
 
 
 def plot_curves(
@@ -25,7 +28,8 @@ def plot_curves(
 ) -> None:
     """Draw the routers' curves (by name), with the best random mix, the oracle and the candidates, into an image file.
 
-    The last three are those of the first evaluation. The file's ending sets its format (``FORMATS``); it is written
+    The last three are those of the first evaluation; candidates that another beats at their cost or less are hollow and
+    have no name. The file's ending sets its format (``FORMATS``); it is written
     whole or not at all. ValueError without evaluations or for another ending; ModuleNotFoundError without matplotlib.
     """
     if not evaluations:
@@ -35,6 +39,7 @@ def plot_curves(
         raise ValueError(f"path is {str(path)!r}, expected a file that ends in {', '.join(FORMATS)}")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("plots need matplotlib: pip install catimage-accel[plots]") from error
     figure = Figure(figsize=(9, 5.2), layout="constrained")
@@ -48,6 +53,12 @@ def plot_curves(
         axes.plot(found.costs, found.curve, color=colour, linewidth=2)
         share = "" if found.gain_share.value is None else f", gain share {found.gain_share.value:+z.2f}"
         ends.append((f"{name}{share}", found.curve, colour))
+    dearest, cheapest = max(first.candidate_costs), min(first.candidate_costs)
+    if cheapest > 0 and dearest >= LOG_FROM * cheapest:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
     _candidates(axes, first)
     _frame(axes)
     _label_ends(axes, ends)
@@ -60,28 +71,46 @@ def plot_curves(
 
 
 def _candidates(axes: Axes, found: Evaluation) -> None:
-    """Every candidate's cost and mean score as a point, its name beside it and clear of the names already there."""
-    axes.scatter(found.candidate_costs, found.candidate_scores, s=22, color=MUTED, zorder=3)
-    low, high = axes.get_ylim()
-    step, span = LINE_SHARE * (high - low), max(found.candidate_costs) - min(found.candidate_costs)
+    """Every candidate's cost and mean score as a point.
+
+    Those that no other beats at their cost or less are full and have their names beside them, clear of each other; the
+    others are hollow.
+    """
     points = sorted(
         zip(found.candidates, found.candidate_costs, found.candidate_scores, strict=True), key=lambda each: -each[2]
     )
+    best = [one for one in points if not any(_beats(other, one) for other in points)]
+    beaten = [one for one in points if one not in best]
+    axes.scatter([cost for _, cost, _ in best], [score for *_, score in best], s=22, color=MUTED, zorder=3)
+    axes.scatter(
+        [cost for _, cost, _ in beaten], [score for *_, score in beaten], s=16, facecolors="white", edgecolors=MUTED,
+        linewidths=0.8, zorder=3,
+    )  # fmt: skip
+    low, high = axes.get_ylim()
+    step = LINE_SHARE * (high - low)
+    scaled = np.log(found.candidate_costs) if axes.get_xscale() == "log" else np.asarray(found.candidate_costs)
+    places = dict(zip(found.candidates, (scaled - scaled.min()) / (np.ptp(scaled) or 1), strict=True))
     placed: list[tuple[float, float]] = []
-    for name, cost, score in points:
-        late = cost > min(found.candidate_costs) + (1 - NAME_SHARE) * span
+    for name, cost, score in best:
+        place = float(places[name])
+        late = place > 1 - NAME_SHARE
         # The curves come from the left: at the right end there is more room above them.
         at, away = score + (0.8 if late else -0.8) * step, (1 if late else -1) * step / 4
-        while any(abs(x - cost) < NAME_SHARE * span and abs(y - at) < step for x, y in placed):
+        while any(abs(x - place) < NAME_SHARE and abs(y - at) < step for x, y in placed):
             at += away
-        placed.append((cost, at))
+        placed.append((place, at))
         axes.annotate(
-            name, (cost, score), xytext=(cost + (-1 if late else 1) * 0.008 * span, at), fontsize=8, color=MUTED,
-            ha="right" if late else "left", va="center",
+            name, (cost, score), xytext=(-6 if late else 6, at), textcoords=("offset points", "data"), fontsize=8,
+            color=MUTED, ha="right" if late else "left", va="center",
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5} if abs(at - score) > 1.5 * step else None,
         )  # fmt: skip
     heights = [y for _, y in placed]
     axes.set_ylim(min(low, min(heights) - step), max(high, max(heights) + step))
+
+
+def _beats(other: tuple[str, float, float], one: tuple[str, float, float]) -> bool:
+    """Whether ``other`` is no dearer and no worse, and one of the two better."""
+    return other[1] <= one[1] and other[2] >= one[2] and other[1:] != one[1:]
 
 
 End = tuple[str, Sequence[float], str]

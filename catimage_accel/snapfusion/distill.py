@@ -1,15 +1,17 @@
-"""The two ways of training a student UNet: on v and on fewer steps than its teacher takes."""
+"""The ways of training a student UNet: on v, on fewer steps than its teacher takes, on doing without guidance."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from catimage_accel.snapfusion.losses import DenoisingLoss, StepLoss, check_steps, denoiser_of
-from catimage_accel.snapfusion.recipes import FinetuneRecipe, StepsRecipe, read_recipe
+from catimage_accel.snapfusion.losses import DenoisingLoss, GuidanceLoss, StepLoss, check_steps, denoiser_of
+from catimage_accel.snapfusion.recipes import FinetuneRecipe, GuidanceRecipe, StepsRecipe, read_recipe
 from catimage_accel.snapfusion.run import RESULT, Run
 from catimage_accel.training.loop import Trainer
 from catimage_accel.training.record import run_record
@@ -32,7 +34,7 @@ def finetune(path: Path, work: Path, device: torch.device, steps: int | None = N
         recipe.student_steps,
     )  # fmt: skip
     starts = {"student": recipe.student} | ({"teacher": recipe.teacher} if taught else {})
-    return _train(run, recipe, student, loss, starts, recipe.student_steps or PREVIEW_STEPS, steps)
+    return _train(run, recipe, student, loss, loss.source.name, starts, recipe.student_steps or PREVIEW_STEPS, steps)
 
 
 def distill_steps(path: Path, work: Path, device: torch.device, steps: int | None = None) -> Path:
@@ -48,14 +50,31 @@ def distill_steps(path: Path, work: Path, device: torch.device, steps: int | Non
         recipe.denoising_weight, recipe.caption_dropout,
     )  # fmt: skip
     starts = {"student": recipe.student, "teacher": recipe.teacher}
-    return _train(run, recipe, student, loss, starts, recipe.student_steps, steps)
+    return _train(run, recipe, student, loss, loss.source.name, starts, recipe.student_steps, steps)
+
+
+def distill_guidance(path: Path, work: Path, device: torch.device, steps: int | None = None) -> Path:
+    """Teach recipe ``path``'s student to draw without guidance what its teacher draws with it; else as ``finetune``."""
+    recipe = read_recipe(path, GuidanceRecipe)
+    run = Run(path, work, device, recipe.model, recipe.training.precision_on(device))
+    student = run.unet(recipe.student)
+    prompts = run.prompts(recipe.prompts, recipe.number, training=True)
+    loss = GuidanceLoss(
+        prompts, run.text, run.schedule, denoiser_of(run.frozen(recipe.teacher), run.dtype), recipe.teacher_steps,
+        recipe.student_steps, recipe.training.batch_size, run.latent_shape, recipe.guidance_scale,
+        recipe.guidance_rescale,
+    )  # fmt: skip
+    source = f"prompts-{len(prompts)}-{hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]}"
+    starts = {"student": recipe.student, "teacher": recipe.teacher}
+    return _train(run, recipe, student, loss, source, starts, recipe.student_steps, steps)
 
 
 def _train(
     run: Run,
-    recipe: FinetuneRecipe | StepsRecipe,
+    recipe: FinetuneRecipe | StepsRecipe | GuidanceRecipe,
     student: UNet2DConditionModel,
-    loss: DenoisingLoss | StepLoss,
+    loss: DenoisingLoss | StepLoss | GuidanceLoss,
+    source: str,
     starts: dict[str, str],
     preview_steps: int,
     steps: int | None,
@@ -69,7 +88,7 @@ def _train(
         )  # fmt: skip
     config = recipe.training.config(run.device, 0 if wanted is None else wanted.every, steps)
     told: dict[str, Any] = recipe.model_dump(exclude={"training", "validation", "start_weight"})
-    told |= {"source": loss.source.name} | {f"{role} weights": run.digest(name) for role, name in starts.items()}
+    told |= {"source": source} | {f"{role} weights": run.digest(name) for role, name in starts.items()}
     trainer = Trainer(
         student, config, run.folder, run.device, run.path.stem, recipe=told, validate=validate,
         start_weight=recipe.start_weight,

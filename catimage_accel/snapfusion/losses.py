@@ -1,14 +1,17 @@
-"""What SnapFusion's students are trained on (arXiv 2306.00980, section 4): denoising and step distillation."""
+"""What students are trained on: denoising and step distillation (SnapFusion, arXiv 2306.00980, section 4), guidance
+distillation (arXiv 2210.03142)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from catimage_accel.kernels.guided_step.reference import rescaled
 from catimage_accel.snapfusion.captioned import Captioned
 from catimage_accel.snapfusion.conditioning import FrozenText, with_dropout
 from catimage_accel.snapfusion.schedule import VelocitySchedule, clean_from, ddim_step
@@ -127,16 +130,94 @@ class StepLoss:
 
     def target(self, teacher: Callable[[Tensor, Tensor], Tensor], noisy: Tensor, now: Tensor, after: Tensor) -> Tensor:
         """The clean latents that take the student in one step from ``noisy`` to where the teacher arrives."""
-        rates = self.schedule.rates(now)
-        sample, timestep, here = noisy, now, rates
         parts = self.teacher_steps // self.student_steps
-        for part in range(1, parts + 1):
-            following = now + torch.round((after - now) * (part / parts)).long() if part < parts else after
-            there = self.schedule.rates(following)
-            velocity = teacher(sample, timestep)
-            sample, timestep, here = ddim_step(sample, velocity, here, there), following, there
-        ratio = here[1] / rates[1]
-        return (sample - ratio * noisy) / (here[0] - ratio * rates[0])
+        arrived = taught_step(self.schedule, teacher, noisy, now, after, parts)
+        return clean_towards(self.schedule, noisy, arrived, now, after)
+
+
+@dataclass(eq=False)
+class GuidanceLoss:
+    """Guidance distillation (arXiv 2210.03142): one row of the student is to do what two of the guided teacher do.
+
+    No training pictures are needed: for each of ``batch_size / student_steps`` prompts the teacher draws one from fresh
+    noise, in ``teacher_steps`` DDIM steps, guided by ``guidance_scale`` and rescaled as ``guided_step`` does, and the
+    student is asked, at each of its ``student_steps`` timesteps on the teacher's way, for the v whose one step arrives
+    where the teacher does. The loss is the mean squared error of v. ``guidance_scale`` up to 1 is a teacher without
+    guidance. ``shape`` is that of one image's latents, (C, h, w).
+    """
+
+    prompts: Sequence[str]
+    text: FrozenText
+    schedule: VelocitySchedule
+    teacher: Denoiser
+    teacher_steps: int
+    student_steps: int
+    batch_size: int
+    shape: tuple[int, int, int]
+    guidance_scale: float
+    guidance_rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.teacher_steps % self.student_steps:
+            raise ValueError(
+                f"teacher_steps is {self.teacher_steps}; accepted: student_steps ({self.student_steps}) or a multiple"
+            )
+        if self.batch_size % self.student_steps:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; accepted: a multiple of student_steps ({self.student_steps}), for a "
+                "batch holds whole pictures, a row a step"
+            )
+        self._grid = self.schedule.grid(self.student_steps)
+
+    def __call__(self, student: Denoiser, generator: torch.Generator) -> Tensor:
+        pictures = self.batch_size // self.student_steps
+        chosen = torch.randint(len(self.prompts), (pictures,), generator=generator)
+        text = self.text.encode([self.prompts[index] for index in chosen.tolist()])
+        noise = torch.randn(pictures, *self.shape, generator=generator)
+        noisy, timestep, target = self.way(noise.to(self._grid.device), text)
+        return F.mse_loss(student(noisy, timestep, text.repeat(self.student_steps, 1, 1)), target)
+
+    @torch.no_grad()
+    def way(self, noise: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The latents and timesteps at which the student is asked, step after step, and the v that it is to answer."""
+        empty, parts = self.text.empty(len(noise)), self.teacher_steps // self.student_steps
+
+        def guided(sample: Tensor, timestep: Tensor) -> Tensor:
+            if self.guidance_scale <= 1:
+                return self.teacher(sample, timestep, text)
+            scale, rescale = self.guidance_scale, self.guidance_rescale
+            velocity, conditional = guided_velocity(self.teacher, sample, timestep, text, empty, scale)
+            return rescaled(velocity, conditional, rescale) if rescale > 0 else velocity
+
+        sample, found = noise, []
+        for now, after in pairwise(self._grid.unsqueeze(1).expand(-1, len(noise))):
+            arrived = taught_step(self.schedule, guided, sample, now, after, parts)
+            alpha, sigma = self.schedule.rates(now)
+            clean = clean_towards(self.schedule, sample, arrived, now, after)
+            found.append((sample, now, (alpha * sample - clean) / sigma))
+            sample = arrived
+        noisy, timestep, target = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return noisy, timestep, target
+
+
+def taught_step(
+    schedule: VelocitySchedule, teacher: Callable[[Tensor, Tensor], Tensor], noisy: Tensor, now: Tensor, after: Tensor,
+    parts: int,
+) -> Tensor:  # fmt: skip
+    """Where the teacher arrives at ``after``, from ``noisy`` at ``now`` (n,), in ``parts`` equally long DDIM steps."""
+    sample, timestep, here = noisy, now, schedule.rates(now)
+    for part in range(1, parts + 1):
+        following = now + torch.round((after - now) * (part / parts)).long() if part < parts else after
+        there = schedule.rates(following)
+        sample, timestep, here = ddim_step(sample, teacher(sample, timestep), here, there), following, there
+    return sample
+
+
+def clean_towards(schedule: VelocitySchedule, noisy: Tensor, arrived: Tensor, now: Tensor, after: Tensor) -> Tensor:
+    """The clean latents whose one DDIM step takes ``noisy`` at ``now`` to ``arrived`` at ``after``."""
+    rates, there = schedule.rates(now), schedule.rates(after)
+    ratio = there[1] / rates[1]
+    return (arrived - ratio * noisy) / (there[0] - ratio * rates[0])
 
 
 def check_steps(teacher_steps: int, student_steps: int) -> None:

@@ -66,17 +66,30 @@ class Validation(Strict):
     judge: Text | None = None
 
 
-class _Recipe(Strict):
-    """``model`` is a diffusers folder, relative to the recipe's, or "emoji"; ``data`` a folder of pictures, or "emoji".
+class UnguidedValidation(Validation):
+    """Of a student that is to draw without guidance."""
 
-    "emoji:200000" is so many scenes of the built-in zoo, instead of those that its teacher was trained on.
+    guidance_scale: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
+class _Recipe(Strict):
+    """``model`` is a diffusers folder, relative to the recipe's, or "emoji".
+
     A UNet is a subfolder of ``model``, or "run:NAME" for the result of an earlier run in the same work folder.
     """
 
     model: Text
-    data: Text
     training: Training
     validation: Validation | None = None
+
+
+class _PictureRecipe(_Recipe):
+    """``data`` is a folder of pictures, or "emoji".
+
+    "emoji:200000" is so many scenes of the built-in zoo, instead of those that its teacher was trained on.
+    """
+
+    data: Text
 
 
 class _StudentRecipe(_Recipe):
@@ -89,7 +102,7 @@ class _StudentRecipe(_Recipe):
     start_weight: Share = 0.0
 
 
-class FinetuneRecipe(_StudentRecipe):
+class FinetuneRecipe(_StudentRecipe, _PictureRecipe):
     """v-prediction on training pictures; with ``teacher_weight`` in part on what a teacher predicts; with
     ``student_steps`` on the timesteps of so many DDIM steps alone.
     """
@@ -100,7 +113,7 @@ class FinetuneRecipe(_StudentRecipe):
     caption_dropout: Share = 0.1
 
 
-class StepsRecipe(_StudentRecipe):
+class StepsRecipe(_StudentRecipe, _PictureRecipe):
     """Step distillation; see ``losses.StepLoss``."""
 
     teacher: Text = "unet"
@@ -110,6 +123,23 @@ class StepsRecipe(_StudentRecipe):
     cfg_probability: Share = 0.1
     denoising_weight: Annotated[float, Field(ge=0)] = 0.2
     caption_dropout: Share = 0.1
+
+
+class GuidanceRecipe(_StudentRecipe):
+    """Guidance distillation; see ``losses.GuidanceLoss``.
+
+    ``prompts`` is a text file, a prompt a line, or "emoji": captions of the built-in zoo's training scenes. The first
+    ``number`` are taken.
+    """
+
+    prompts: Text = BUILT_IN
+    number: Count
+    teacher: Text = "unet"
+    teacher_steps: Annotated[int, Field(ge=1, le=1000)]
+    student_steps: Annotated[int, Field(ge=1, le=500)]
+    guidance_scale: Scale
+    guidance_rescale: Share = 0.0
+    validation: UnguidedValidation | None = None
 
 
 class Search(Strict):
@@ -134,7 +164,7 @@ class Search(Strict):
     judge: Text
 
 
-class ArchitectureRecipe(_Recipe):
+class ArchitectureRecipe(_PictureRecipe):
     """Robust training of ``student`` and the search for an efficient UNet in it."""
 
     student: Text = "unet"
@@ -162,7 +192,7 @@ class DecoderRecipe(Strict):
     validate_every: Count = 250
 
 
-R = TypeVar("R", FinetuneRecipe, StepsRecipe, ArchitectureRecipe, DecoderRecipe)
+R = TypeVar("R", FinetuneRecipe, StepsRecipe, GuidanceRecipe, ArchitectureRecipe, DecoderRecipe)
 
 
 def read_recipe(path: Path, kind: type[R]) -> R:

@@ -70,6 +70,12 @@ class Run:
     def vae(self) -> AutoencoderKL:
         return load_vae(self.model, torch.float32).to(self.device)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of one image: (C, h, w)."""
+        height, width = latent_size(read_config(self.model / "unet" / "config.json"))
+        return self.vae.config.latent_channels, height, width
+
     def source(self, data: str) -> Captioned:
         """The training pairs; latents are kept in ``work``."""
         name, _, number = data.partition(":")
@@ -80,8 +86,7 @@ class Run:
             if number and not (number.isdecimal() and int(number)):
                 raise ValueError(f"{self.path}: data is {data!r}; accepted: {BUILT_IN!r}, or {BUILT_IN}:200000 scenes")
             return CaptionedScenes(self.work, self.vae, teacher_weight, int(number or SCENES))
-        height, _ = latent_size(read_config(self.model / "unet" / "config.json"))
-        pixels = height * pixels_per_latent(self.vae.config)
+        pixels = self.latent_shape[1] * pixels_per_latent(self.vae.config)
         return PictureFolder(self.path.parent / data, self.model, pixels, self.work, self.device)
 
     def unet_folder(self, name: str) -> tuple[Path, str]:
@@ -130,10 +135,8 @@ class Run:
 
     def preview(self, wanted: Validation) -> Preview:
         """The validation prompts, ready to be drawn."""
-        height, width = latent_size(read_config(self.model / "unet" / "config.json"))
-        shape = (self.vae.config.latent_channels, height, width)
         return Preview(
-            self.prompts(wanted.prompts, wanted.number), self.text, self.schedule, self.vae, shape,
+            self.prompts(wanted.prompts, wanted.number), self.text, self.schedule, self.vae, self.latent_shape,
             None if wanted.judge is None else self.judge(wanted.judge),
         )  # fmt: skip
 

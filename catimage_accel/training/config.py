@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from catimage_accel.engines.machine import bfloat16_arithmetic
+
 # What may differ between a checkpoint's settings and those of the run that goes on from it.
 MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "validate_every")
 
@@ -15,9 +17,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is arithmetic there. Processors without it imitate it, many times slower than float32."""
-    if device.type != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type != "cpu" or bfloat16_arithmetic()
 
 
 # Plain matrix products: at these lengths the backward pass of torch's fused attention is several times slower on a CPU.

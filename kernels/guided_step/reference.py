@@ -28,9 +28,9 @@ def guided_step(
         eps = uncond + guidance_scale * (cond - uncond)
         if isinstance(guidance_rescale, Tensor):
             rescale = guidance_rescale.to(dtype).reshape(-1, 1, 1, 1)
-            eps = torch.where(rescale == 0, eps, _rescaled(eps, cond, rescale))
+            eps = torch.where(rescale == 0, eps, rescaled(eps, cond, rescale))
         elif guidance_rescale != 0.0:
-            eps = _rescaled(eps, cond, guidance_rescale)
+            eps = rescaled(eps, cond, guidance_rescale)
     denoised = p * x + q * eps
     next_sample = s * x + e * eps
     if history is not None:
@@ -38,7 +38,8 @@ def guided_step(
     return next_sample.to(sample.dtype), denoised.to(sample.dtype)
 
 
-def _rescaled(eps: Tensor, cond: Tensor, rescale: float | Tensor) -> Tensor:
+def rescaled(eps: Tensor, cond: Tensor, rescale: float | Tensor) -> Tensor:
+    """``eps`` with its standard deviation drawn by ``rescale`` to that of ``cond``, image by image."""
     return eps * (1.0 + rescale * (_row_std(cond) / _row_std(eps) - 1.0))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from catimage_accel.engines import machine
-from catimage_accel.engines.machine import device_key, int8_weight_bits, os_key
+from catimage_accel.engines.machine import bfloat16_arithmetic, device_key, int8_weight_bits, os_key
 from catimage_accel.kernels.device import device_name
 
 CPU = torch.device("cpu")
@@ -61,6 +61,22 @@ def test_int8_weights_have_the_bits_that_the_processor_adds_up(
     monkeypatch.setattr(platform, "machine", lambda: architecture)
     monkeypatch.setattr(machine, "_instruction_sets", lambda: flags)
     assert int8_weight_bits() == bits
+
+
+@pytest.mark.parametrize(
+    ("flags", "arithmetic"),
+    [
+        (("avx2", "fma"), False), (("avx2", "avx512f", "avx512_vnni"), False), (("avx2", "avx_ne_convert"), False),
+        (("avx2", "avx512f", "avx512_bf16"), True), (("avx512f", "amx_tile", "amx_bf16"), True),
+        (("asimd", "bf16"), True), (("asimd",), False), ((), False),
+    ],
+    ids=["AVX2", "AVX-512", "conversion alone", "AVX-512 with it", "AMX", "Arm with it", "Arm", "unknown"],
+)  # fmt: skip
+def test_bfloat16_arithmetic_is_the_processors_own(
+    flags: tuple[str, ...], arithmetic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_instruction_sets", lambda: flags)
+    assert bfloat16_arithmetic() is arithmetic
 
 
 def test_a_gpu_is_named_by_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,21 @@ def test_curves_are_plotted_with_every_name(tmp_path: Path) -> None:
         plot_curves({}, tmp_path / "none.png")
 
 
+def test_candidates_that_another_beats_have_a_point_and_no_name(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    scores = [[0.2, 0.5, 0.4, 0.5, 0.8], [0.4, 0.5, 0.6, 0.7, 0.6]]
+    costs = [1.0, 5.0, 5.0, 9.0, 20.0]  # in the mean 0.3, 0.5, 0.5, 0.6, 0.7: nobody is beaten
+    names = ("least", "twin", "equal", "middle", "most")
+    for worse in ([], [("worse", 0.4, 5.0), ("dearer", 0.5, 8.0)]):
+        rows = [row + [score for _, score, _ in worse] for row in scores]
+        table = ScoreTable(
+            ("a", "b"), (*names, *(name for name, *_ in worse)), rows, [*costs, *(cost for *_, cost in worse)]
+        )
+        plot_curves({"k-NN": judge(table.scores, table, resamples=2)}, tmp_path / "curves.svg")
+        drawn = (tmp_path / "curves.svg").read_text()
+        assert {name for name in (*names, "worse", "dearer") if f"<!-- {name} -->" in drawn} == set(names)
+
+
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = builtins.__import__
 

@@ -13,11 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from catimage_accel.snapfusion import distill
-from catimage_accel.snapfusion.distill import distill_steps, finetune
+from catimage_accel.snapfusion.distill import distill_guidance, distill_steps, finetune
 from catimage_accel.snapfusion.losses import StepLoss
 
 CPU = torch.device("cpu")
 Recipe = Callable[..., Path]
+UNGUIDED = {"data": None, "prompts": "words.txt", "number": 3, "teacher_steps": 2, "student_steps": 2,
+            "guidance_scale": 5.0, "guidance_rescale": 0.4}  # fmt: skip
 FEWER = {"teacher_steps": 4, "student_steps": 2, "guidance": [2.0, 5.0], "cfg_probability": 0.5}
 
 
@@ -49,6 +51,24 @@ def test_fine_tuning_then_two_steps_for_four(recipe: Recipe, tmp_path: Path) -> 
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model", unet=unet, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a dog", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_guidance_is_taught_from_prompts_alone(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("a dog\n\ntwo cats\na bee\na star\n")
+    validation = {"every": 3, "prompts": "words.txt", "number": 2, "judge": "judge"}
+    path = recipe("unguided", validation=validation, **UNGUIDED)
+    found = distill_guidance(path, tmp_path / "work", CPU, steps=2)
+    begun = weights(found)
+    again = weights(distill_guidance(path, tmp_path / "work", CPU))  # goes on to its third step
+    whole = weights(distill_guidance(path, tmp_path / "whole", CPU))
+    assert any(not torch.equal(value, begun[name]) for name, value in whole.items())
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    record = json.loads((tmp_path / "whole" / "unguided" / "run.json").read_text())
+    assert record["source"].startswith("prompts-3-")
+    assert (record["guidance_scale"], record["guidance_rescale"], len(record["clip_scores"])) == (5.0, 0.4, 1)
+    (tmp_path / "words.txt").write_text("a dog\ntwo cats\na wolf\n")
+    with pytest.raises(ValueError, match="source = "):
+        distill_guidance(path, tmp_path / "whole", CPU, steps=4)
 
 
 def test_start_weight_moves_the_result_towards_its_start_without_training_again(recipe: Recipe, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Step distillation's target, weights and mixture, and the denoising loss, against their formulas."""
+"""Step distillation's target, weights and mixture, and the denoising loss, against their formulas; guidance
+distillation against diffusers' guided pipeline."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
 from catimage_accel.snapfusion.conditioning import FrozenText, with_dropout
-from catimage_accel.snapfusion.losses import DenoisingLoss, StepLoss
+from catimage_accel.snapfusion.losses import DenoisingLoss, GuidanceLoss, StepLoss, denoiser_of
 from catimage_accel.snapfusion.schedule import END, VelocitySchedule, ddim_step
 
 
@@ -213,3 +215,78 @@ def test_captions_are_dropped_at_the_share_asked_for() -> None:
 
 def test_the_end_is_after_the_last_timestep(schedule: VelocitySchedule) -> None:
     assert schedule.sigma[END] <= schedule.sigma[0]
+
+
+PROMPTS = ("a dog", "two cats", "a crown on a pink background")
+
+
+@pytest.fixture(scope="module")
+def guidance(text: FrozenText, schedule: VelocitySchedule) -> GuidanceLoss:
+    return GuidanceLoss(PROMPTS, text, schedule, bent, 4, 4, 8, (4, 16, 16), 4.5, 0.4)
+
+
+@pytest.mark.parametrize("parts", [1, 2], ids=["step for step", "one for two"])
+@pytest.mark.parametrize(
+    ("scale", "rescale"), [(4.5, 0.4), (4.5, 0.0), (1.0, 0.4)], ids=["rescaled", "guided", "no guidance"]
+)
+def test_a_student_that_has_learnt_it_arrives_where_diffusers_guided_pipeline_does(
+    guidance: GuidanceLoss, tiny_sd_folder: Path, parts: int, scale: float, rescale: float
+) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    loss = dataclasses.replace(
+        guidance, teacher=denoiser_of(pipe.unet, torch.float32), teacher_steps=4 * parts, guidance_scale=scale,
+        guidance_rescale=rescale,
+    )  # fmt: skip
+    noise = torch.randn(3, 4, 16, 16, generator=seeded())
+    noisy, timestep, target = loss.way(noise, loss.text.encode(list(PROMPTS)))
+    assert timestep.view(4, 3).unique(dim=1).squeeze(1).tolist() == loss.schedule.grid(4)[:-1].tolist()
+    assert torch.equal(noisy[:3], noise)
+    sample = noise
+    for (now, after), velocity in zip(pairwise(loss.schedule.grid(4)), target.split(3), strict=True):
+        sample = ddim_step(sample, velocity, *(loss.schedule.rates(at.view(1)) for at in (now, after)))
+    expected = pipe(
+        list(PROMPTS), latents=noise, num_inference_steps=4 * parts, guidance_scale=scale, guidance_rescale=rescale,
+        output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(sample, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_asks_one_row_of_every_step_and_compares_v(guidance: GuidanceLoss) -> None:
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def student(sample: Tensor, timestep: Tensor, hidden: Tensor) -> Tensor:
+        seen.append((sample, timestep, hidden))
+        return torch.zeros_like(sample)
+
+    value = guidance(student, seeded(3))
+    ((noisy, timestep, hidden),) = seen
+    assert len(noisy) == guidance.batch_size
+    assert torch.equal(hidden[:2].repeat(4, 1, 1), hidden)  # two pictures of four steps each
+    said, asked, target = guidance.way(noisy[:2], hidden[:2])
+    assert torch.equal(said, noisy)
+    assert torch.equal(asked, timestep)
+    torch.testing.assert_close(value, target.square().mean())
+    again, other = guidance(student, seeded(3)), guidance(student, seeded(4))
+    assert torch.equal(value, again)
+    assert not torch.equal(value, other)
+
+
+def test_the_guided_teacher_learns_nothing(guidance: GuidanceLoss) -> None:
+    weight = torch.ones((), requires_grad=True)
+    taught = dataclasses.replace(guidance, teacher=lambda *given: weight * bent(*given))
+    assert not taught(bent, seeded()).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"teacher_steps": 6}, r"teacher_steps is 6; accepted: student_steps \(4\) or a multiple"),
+        ({"teacher_steps": 2}, "teacher_steps is 2"),
+        ({"batch_size": 6}, r"batch_size is 6; accepted: a multiple of student_steps \(4\)"),
+    ],
+    ids=["no multiple", "fewer than the student's", "half a picture"],
+)
+def test_what_does_not_make_whole_pictures_is_refused(guidance: GuidanceLoss, fields: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        dataclasses.replace(guidance, **fields)

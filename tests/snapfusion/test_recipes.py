@@ -13,6 +13,7 @@ from catimage_accel.snapfusion.recipes import (
     ArchitectureRecipe,
     DecoderRecipe,
     FinetuneRecipe,
+    GuidanceRecipe,
     StepsRecipe,
     find_recipe,
     read_recipe,
@@ -20,7 +21,10 @@ from catimage_accel.snapfusion.recipes import (
 )
 
 SHIPPED = sorted(shipped().glob("*.toml"))
-KINDS = {"teacher_steps": StepsRecipe, "search": ArchitectureRecipe, "number": DecoderRecipe}
+KINDS = {
+    "guidance_rescale": GuidanceRecipe, "teacher_steps": StepsRecipe, "search": ArchitectureRecipe,
+    "number": DecoderRecipe,
+}  # fmt: skip
 
 
 def test_there_are_shipped_recipes() -> None:
@@ -90,3 +94,15 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
         read_recipe(tmp_path / "no.toml", StepsRecipe)
     with pytest.raises(FileNotFoundError, match=r"student-9 is no file; .*student-8"):
         find_recipe(Path("student-9"))
+
+
+def test_a_student_without_guidance_is_not_watched_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "guided.toml"
+    content = STEPS.replace('data = "pictures"', "number = 8\nguidance_scale = 7.5")
+    path.write_text(content + "[validation]\n")
+    watched = read_recipe(path, GuidanceRecipe).validation
+    assert watched is not None
+    assert watched.guidance_scale == 1
+    path.write_text(content + "[validation]\nguidance_scale = 7.5\n")
+    with pytest.raises(ValueError, match=r"validation\.guidance_scale is 7\.5"):
+        read_recipe(path, GuidanceRecipe)

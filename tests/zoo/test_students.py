@@ -49,7 +49,8 @@ def test_one_run_made_anew_replaces_its_own_part_alone(catalog: Catalog, work: P
     packed = Catalog.load(catalog.folder, verify=False)
     for run in RUNS[:-1]:
         shutil.rmtree(work / run)
-    config, unet = work / RUNS[-1] / "unet" / "config.json", packed.folder / "model" / "unet_student" / "config.json"
+    config = work / RUNS[-1] / "unet" / "config.json"
+    unet = packed.folder / "model" / PARTS[f"{RUNS[-1]}/unet"] / "config.json"
     said = json.loads(config.read_text()) | {"sample_size": 24}
     config.write_text(json.dumps(said))
     (work / RUNS[-1] / "run.json").write_text('{"seconds": 1000}')
