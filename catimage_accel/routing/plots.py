@@ -102,6 +102,7 @@ def _candidates(axes: Axes, found: Evaluation) -> None:
         axes.annotate(
             name, (cost, score), xytext=(-6 if late else 6, at), textcoords=("offset points", "data"), fontsize=8,
             color=MUTED, ha="right" if late else "left", va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5} if abs(at - score) > 1.5 * step else None,
         )  # fmt: skip
     heights = [y for _, y in placed]

@@ -23,9 +23,9 @@ of all training; every figure below is on held-out meanings.
 (`unet`), AutoencoderKL, and a smaller UNet with the same text encoder (`unet_small`), trained on its own and for
 three quarters of the time on one or two objects, since easy prompts are what it is for. Made of the teacher by
 SnapFusion's methods are `unet_efficient`, without 12 of the teacher's blocks, `unet_student`, trained on for 8 steps,
-and `vae_small`, whose decoder has half of the channels. `unet_guided_8`, `unet_guided_4` and `unet_guided_efficient`
-were taught by guidance distillation to draw without guidance, in 8, 4 and 8 steps, what `unet_student` draws with it in
-8. `judge/` is a CLIP trained separately on rendered scenes; no
+and `vae_small`, whose decoder has half of the channels. `unet_guided` and `unet_guided_efficient`, of the
+shapes of `unet` and `unet_efficient`, were taught by guidance distillation to draw without guidance what `unet_student`
+draws with it. `judge/` is a CLIP trained separately on rendered scenes; no
 picture is conditioned on it.
 """
 

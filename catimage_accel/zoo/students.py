@@ -16,20 +16,18 @@ MODEL = "model"
 CONFIG_FILE = "config.json"
 TRAINING_FILE = "training.json"
 RUNS = (
-    "teacher-v", "efficient", "efficient-v", "decoder", "student-v", "guided-8", "guided-4", "guided-efficient",
+    "teacher-v", "efficient", "efficient-v", "decoder", "student-v", "guided-8", "guided-efficient",
 )  # fmt: skip
 PARTS = {
     "efficient-v/unet": "unet_efficient", "decoder/vae": "vae_small", "student-v/unet": "unet_student",
-    "guided-8/unet": "unet_guided_8", "guided-4/unet": "unet_guided_4",
-    "guided-efficient/unet": "unet_guided_efficient",
+    "guided-8/unet": "unet_guided", "guided-efficient/unet": "unet_guided_efficient",
 }  # fmt: skip
 """What a run made -> its subfolder of the catalog's model."""
 CANDIDATES = (
     Candidate("efficient-ddim-8", MODEL, 8, "ddim", 4.0, "unet_efficient", vae="vae_small"),
     Candidate("teacher-ddim-8", MODEL, 8, "ddim", 4.0, vae="vae_small"),
     Candidate("student-ddim-8", MODEL, 8, "ddim", 4.5, "unet_student", guidance_rescale=0.4),
-    Candidate("guided-ddim-8", MODEL, 8, "ddim", 1.0, "unet_guided_8"),
-    Candidate("guided-ddim-4", MODEL, 4, "ddim", 1.0, "unet_guided_4", vae="vae_small"),
+    Candidate("guided-ddim-8", MODEL, 8, "ddim", 1.0, "unet_guided"),
     Candidate("guided-efficient-ddim-8", MODEL, 8, "ddim", 1.0, "unet_guided_efficient", vae="vae_small"),
 )
 
