@@ -81,10 +81,10 @@ def _candidates(axes: Axes, found: Evaluation) -> None:
     )
     best = [one for one in points if not any(_beats(other, one) for other in points)]
     beaten = [one for one in points if one not in best]
-    axes.scatter([cost for _, cost, _ in best], [score for *_, score in best], s=22, color=MUTED, zorder=3)
+    axes.scatter([cost for _, cost, _ in best], [score for *_, score in best], s=22, color=MUTED, zorder=4)
     axes.scatter(
         [cost for _, cost, _ in beaten], [score for *_, score in beaten], s=16, facecolors="white", edgecolors=MUTED,
-        linewidths=0.8, zorder=3,
+        linewidths=0.8, zorder=4,
     )  # fmt: skip
     low, high = axes.get_ylim()
     step = LINE_SHARE * (high - low)
