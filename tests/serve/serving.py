@@ -38,6 +38,13 @@ class Server:
                 return float(line.rsplit(" ", 1)[1])
         return 0.0
 
+    def says(self, text: str, seconds: float = 10.0) -> bool:
+        """Whether it writes a line with ``text``; a line may be read here after the answer that it came before."""
+        deadline = time.monotonic() + seconds
+        while not (found := any(text in line for line in self.lines)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
     def stop(self, with_signal: int = signal.SIGTERM) -> int:
         self.process.send_signal(with_signal)
         return self.process.wait(60)

@@ -106,6 +106,6 @@ def test_a_catalog_that_is_changed_under_the_server(tiny_catalog: Path, tmp_path
         refused = draw("cheap-2")
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_worker")
         assert str(tmp_path) not in refused.text
-        assert "catalog.toml" in "\n".join(server.lines)
+        assert server.says("catalog.toml"), server.lines
     finally:
         assert server.stop() == 0
