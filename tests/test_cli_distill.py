@@ -41,8 +41,8 @@ def test_a_decoder_is_made_and_its_folder_told(recipe: Path, tmp_path: Path) -> 
     ("arguments", "told"),
     [
         (["steps", "student-9"], "student-9 is no file; accepted: a TOML file, or the name of a shipped recipe: "),
-        (["architecture", "RECIPE"], "but there is no such key; accepted: model, "),
-        (["guidance", "RECIPE"], "but there is no such key; accepted: model, "),
+        (["architecture", "RECIPE"], "but there is no such key; accepted: model, data, "),
+        (["guidance", "RECIPE"], "but there is no such key; accepted: model, prompts, number, "),
         (["decoder", "RECIPE", "--device", "cuda"], "device is 'cuda', but torch sees no CUDA device"),
     ],
     ids=["no such recipe", "a recipe of another kind", "a decoder's for a student", "no such device"],

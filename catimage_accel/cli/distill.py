@@ -1,7 +1,8 @@
-"""``catimage distill``: SnapFusion's recipes, run from a file each."""
+"""``catimage distill``: recipes, run from a file each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,79 +31,64 @@ Ray = Annotated[
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")]
 
 
-@app.command()
-def architecture(
-    recipes: Recipes,
-    work: Work = None,
-    steps: Steps = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
-    ray: Ray = False,
-) -> None:
+def _command(name: str) -> Callable[[Callable[[], Train]], Callable[[], Train]]:
+    """Makes command ``name`` of a function that imports what trains; its docstring is the command's help."""
+
+    def register(load: Callable[[], Train]) -> Callable[[], Train]:
+        def command(
+            recipes: Recipes,
+            work: Work = None,
+            steps: Steps = None,
+            device: Device = "cpu",
+            threads: Threads = 0,
+            ray: Ray = False,
+        ) -> None:
+            _run(load(), recipes, work, steps, device, threads, ray)
+
+        app.command(name, help=load.__doc__)(command)
+        return load
+
+    return register
+
+
+@_command("architecture")
+def _architecture() -> Train:
     """Train the teacher's blocks to do without each other, and search for the fewest that still draw well."""
     from catimage_accel.snapfusion.evolution import search_architecture
 
-    _run(search_architecture, recipes, work, steps, device, threads, ray)
+    return search_architecture
 
 
-@app.command()
-def decoder(
-    recipes: Recipes,
-    work: Work = None,
-    steps: Steps = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
-    ray: Ray = False,
-) -> None:
+@_command("decoder")
+def _decoder() -> Train:
     """Prune an image decoder and train it to match the whole one on latents that the model draws."""
     from catimage_accel.snapfusion.decoder import distill_decoder_recipe
 
-    _run(distill_decoder_recipe, recipes, work, steps, device, threads, ray)
+    return distill_decoder_recipe
 
 
-@app.command()
-def finetune(
-    recipes: Recipes,
-    work: Work = None,
-    steps: Steps = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
-    ray: Ray = False,
-) -> None:
+@_command("finetune")
+def _finetune() -> Train:
     """Train a UNet on v, on pictures with captions."""
-    from catimage_accel.snapfusion.distill import finetune as train
+    from catimage_accel.snapfusion.distill import finetune
 
-    _run(train, recipes, work, steps, device, threads, ray)
+    return finetune
 
 
-@app.command("steps")
-def distill_steps(
-    recipes: Recipes,
-    work: Work = None,
-    steps: Steps = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
-    ray: Ray = False,
-) -> None:
+@_command("steps")
+def _steps() -> Train:
     """Teach a UNet to take fewer steps than its teacher."""
-    from catimage_accel.snapfusion.distill import distill_steps as train
+    from catimage_accel.snapfusion.distill import distill_steps
 
-    _run(train, recipes, work, steps, device, threads, ray)
+    return distill_steps
 
 
-@app.command()
-def guidance(
-    recipes: Recipes,
-    work: Work = None,
-    steps: Steps = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
-    ray: Ray = False,
-) -> None:
+@_command("guidance")
+def _guidance() -> Train:
     """Teach a UNet to draw without guidance, at half the cost, what its teacher draws with it."""
-    from catimage_accel.snapfusion.distill import distill_guidance as train
+    from catimage_accel.snapfusion.distill import distill_guidance
 
-    _run(train, recipes, work, steps, device, threads, ray)
+    return distill_guidance
 
 
 def _run(

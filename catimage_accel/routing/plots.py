@@ -29,8 +29,8 @@ def plot_curves(
     """Draw the routers' curves (by name), with the best random mix, the oracle and the candidates, into an image file.
 
     The last three are those of the first evaluation; candidates that another beats at their cost or less are hollow and
-    have no name. The file's ending sets its format (``FORMATS``); it is written
-    whole or not at all. ValueError without evaluations or for another ending; ModuleNotFoundError without matplotlib.
+    have no name. The file's ending sets its format (``FORMATS``); it is written whole or not at all. ValueError without
+    evaluations or for another ending; ModuleNotFoundError without matplotlib.
     """
     if not evaluations:
         raise ValueError("no evaluations to plot, expected at least one")
@@ -88,11 +88,11 @@ def _candidates(axes: Axes, found: Evaluation) -> None:
     )  # fmt: skip
     low, high = axes.get_ylim()
     step = LINE_SHARE * (high - low)
-    scaled = np.log(found.candidate_costs) if axes.get_xscale() == "log" else np.asarray(found.candidate_costs)
-    places = dict(zip(found.candidates, (scaled - scaled.min()) / (np.ptp(scaled) or 1), strict=True))
+    scale = np.log if axes.get_xscale() == "log" else np.asarray
+    left, right = (float(scale(end(found.candidate_costs))) for end in (min, max))
     placed: list[tuple[float, float]] = []
     for name, cost, score in best:
-        place = float(places[name])
+        place = (float(scale(cost)) - left) / ((right - left) or 1)
         late = place > 1 - NAME_SHARE
         # The curves come from the left: at the right end there is more room above them.
         at, away = score + (0.8 if late else -0.8) * step, (1 if late else -1) * step / 4

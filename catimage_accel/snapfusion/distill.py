@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from catimage_accel.snapfusion.losses import DenoisingLoss, GuidanceLoss, StepLoss, check_steps, denoiser_of
+from catimage_accel.snapfusion.losses import (
+    DenoisingLoss,
+    GuidanceLoss,
+    StepLoss,
+    check_pictures,
+    check_steps,
+    denoiser_of,
+)
 from catimage_accel.snapfusion.recipes import FinetuneRecipe, GuidanceRecipe, StepsRecipe, read_recipe
 from catimage_accel.snapfusion.run import RESULT, Run
 from catimage_accel.training.loop import Trainer
@@ -56,6 +63,7 @@ def distill_steps(path: Path, work: Path, device: torch.device, steps: int | Non
 def distill_guidance(path: Path, work: Path, device: torch.device, steps: int | None = None) -> Path:
     """Teach recipe ``path``'s student to draw without guidance what its teacher draws with it; else as ``finetune``."""
     recipe = read_recipe(path, GuidanceRecipe)
+    check_pictures(recipe.teacher_steps, recipe.student_steps, recipe.training.batch_size)
     run = Run(path, work, device, recipe.model, recipe.training.precision_on(device))
     student = run.unet(recipe.student)
     prompts = run.prompts(recipe.prompts, recipe.number, training=True)

@@ -158,15 +158,7 @@ class GuidanceLoss:
     guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.teacher_steps % self.student_steps:
-            raise ValueError(
-                f"teacher_steps is {self.teacher_steps}; accepted: student_steps ({self.student_steps}) or a multiple"
-            )
-        if self.batch_size % self.student_steps:
-            raise ValueError(
-                f"batch_size is {self.batch_size}; accepted: a multiple of student_steps ({self.student_steps}), for a "
-                "batch holds whole pictures, a row a step"
-            )
+        check_pictures(self.teacher_steps, self.student_steps, self.batch_size)
         self._grid = self.schedule.grid(self.student_steps)
 
     def __call__(self, student: Denoiser, generator: torch.Generator) -> Tensor:
@@ -183,11 +175,8 @@ class GuidanceLoss:
         empty, parts = self.text.empty(len(noise)), self.teacher_steps // self.student_steps
 
         def guided(sample: Tensor, timestep: Tensor) -> Tensor:
-            if self.guidance_scale <= 1:
-                return self.teacher(sample, timestep, text)
             scale, rescale = self.guidance_scale, self.guidance_rescale
-            velocity, conditional = guided_velocity(self.teacher, sample, timestep, text, empty, scale)
-            return rescaled(velocity, conditional, rescale) if rescale > 0 else velocity
+            return guided_prediction(self.teacher, sample, timestep, text, empty, scale, rescale)
 
         sample, found = noise, []
         for now, after in pairwise(self._grid.unsqueeze(1).expand(-1, len(noise))):
@@ -229,6 +218,17 @@ def check_steps(teacher_steps: int, student_steps: int) -> None:
         )
 
 
+def check_pictures(teacher_steps: int, student_steps: int, batch_size: int) -> None:
+    """ValueError unless a batch of ``batch_size`` holds whole pictures, and the teacher's steps the student's."""
+    if teacher_steps % student_steps:
+        raise ValueError(f"teacher_steps is {teacher_steps}; accepted: student_steps ({student_steps}) or a multiple")
+    if batch_size % student_steps:
+        raise ValueError(
+            f"batch_size is {batch_size}; accepted: a multiple of student_steps ({student_steps}), for a batch holds "
+            "whole pictures, a row a step"
+        )
+
+
 def stratified_timesteps(batch_size: int, timesteps: int, generator: torch.Generator) -> Tensor:
     """One timestep from each of ``batch_size`` equal strata, int64: the expectation of any, with less variance."""
     strata = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
@@ -245,3 +245,13 @@ def guided_velocity(
     both = model(sample.repeat(2, 1, 1, 1), timestep.repeat(2), torch.cat([empty, text]))
     unconditional, conditional = both.chunk(2)
     return unconditional + scale * (conditional - unconditional), conditional
+
+
+def guided_prediction(
+    model: Denoiser, sample: Tensor, timestep: Tensor, text: Tensor, empty: Tensor, scale: float, rescale: float = 0.0
+) -> Tensor:
+    """The v that a sampler goes on with: guided, and rescaled as ``guided_step`` does; unguided for a scale up to 1."""
+    if scale <= 1:
+        return model(sample, timestep, text)
+    velocity, conditional = guided_velocity(model, sample, timestep, text, empty, scale)
+    return rescaled(velocity, conditional, rescale) if rescale > 0 else velocity

@@ -15,7 +15,7 @@ from torch import Tensor
 from catimage_accel.executor.flight import to_bytes
 from catimage_accel.quality import CLIPScore
 from catimage_accel.snapfusion.conditioning import FrozenText
-from catimage_accel.snapfusion.losses import Denoiser, guided_velocity
+from catimage_accel.snapfusion.losses import Denoiser, guided_prediction
 from catimage_accel.snapfusion.schedule import VelocitySchedule, ddim_step
 
 BATCH = 16
@@ -51,15 +51,12 @@ class Preview:
         parts = []
         for sample, hidden in zip(self._noise.split(BATCH), self._hidden.split(BATCH), strict=True):
             for now, after in pairwise(grid):
-                velocity = self._guided(denoiser, sample, now.expand(len(sample)), hidden, guidance_scale)
+                velocity = guided_prediction(
+                    denoiser, sample, now.expand(len(sample)), hidden, self._text.empty(len(sample)), guidance_scale
+                )
                 sample = ddim_step(sample, velocity, self.schedule.rates(now), self.schedule.rates(after))
             parts.append(sample)
         return torch.cat(parts)
-
-    def _guided(self, denoiser: Denoiser, sample: Tensor, now: Tensor, hidden: Tensor, scale: float) -> Tensor:
-        if scale <= 1:
-            return denoiser(sample, now, hidden)
-        return guided_velocity(denoiser, sample, now, hidden, self._text.empty(len(sample)), scale)[0]
 
     def pictures(self, latents: Tensor) -> list[np.ndarray]:
         """uint8 (height, width, 3), one a prompt."""

@@ -73,26 +73,30 @@ class UnguidedValidation(Validation):
 
 
 class _Recipe(Strict):
-    """``model`` is a diffusers folder, relative to the recipe's, or "emoji".
+    """``model`` is a diffusers folder, relative to the recipe's, or "emoji"; ``data`` a folder of pictures, or "emoji".
 
+    "emoji:200000" is so many scenes of the built-in zoo, instead of those that its teacher was trained on.
     A UNet is a subfolder of ``model``, or "run:NAME" for the result of an earlier run in the same work folder.
     """
 
     model: Text
+    data: Text
     training: Training
     validation: Validation | None = None
 
 
-class _PictureRecipe(_Recipe):
-    """``data`` is a folder of pictures, or "emoji".
+class _PromptRecipe(Strict):
+    """Learnt from what ``model`` itself draws of the first ``number`` prompts.
 
-    "emoji:200000" is so many scenes of the built-in zoo, instead of those that its teacher was trained on.
+    ``prompts`` is a text file, a prompt a line, or "emoji": captions of the built-in zoo's training scenes.
     """
 
-    data: Text
+    model: Text
+    prompts: Text = BUILT_IN
+    number: Count
 
 
-class _StudentRecipe(_Recipe):
+class _Student(Strict):
     """``start_weight`` is the share of the weights that the student began with in the result, the rest being the
     trained ones' average: what lies between the two often does better than both (WiSE-FT, arXiv 2109.01903).
     It may be changed after the run, which then writes its result anew.
@@ -102,7 +106,7 @@ class _StudentRecipe(_Recipe):
     start_weight: Share = 0.0
 
 
-class FinetuneRecipe(_StudentRecipe, _PictureRecipe):
+class FinetuneRecipe(_Student, _Recipe):
     """v-prediction on training pictures; with ``teacher_weight`` in part on what a teacher predicts; with
     ``student_steps`` on the timesteps of so many DDIM steps alone.
     """
@@ -113,7 +117,7 @@ class FinetuneRecipe(_StudentRecipe, _PictureRecipe):
     caption_dropout: Share = 0.1
 
 
-class StepsRecipe(_StudentRecipe, _PictureRecipe):
+class StepsRecipe(_Student, _Recipe):
     """Step distillation; see ``losses.StepLoss``."""
 
     teacher: Text = "unet"
@@ -125,20 +129,15 @@ class StepsRecipe(_StudentRecipe, _PictureRecipe):
     caption_dropout: Share = 0.1
 
 
-class GuidanceRecipe(_StudentRecipe):
-    """Guidance distillation; see ``losses.GuidanceLoss``.
+class GuidanceRecipe(_Student, _PromptRecipe):
+    """Guidance distillation; see ``losses.GuidanceLoss``."""
 
-    ``prompts`` is a text file, a prompt a line, or "emoji": captions of the built-in zoo's training scenes. The first
-    ``number`` are taken.
-    """
-
-    prompts: Text = BUILT_IN
-    number: Count
     teacher: Text = "unet"
     teacher_steps: Annotated[int, Field(ge=1, le=1000)]
     student_steps: Annotated[int, Field(ge=1, le=500)]
     guidance_scale: Scale
     guidance_rescale: Share = 0.0
+    training: Training
     validation: UnguidedValidation | None = None
 
 
@@ -164,7 +163,7 @@ class Search(Strict):
     judge: Text
 
 
-class ArchitectureRecipe(_PictureRecipe):
+class ArchitectureRecipe(_Recipe):
     """Robust training of ``student`` and the search for an efficient UNet in it."""
 
     student: Text = "unet"
@@ -173,15 +172,9 @@ class ArchitectureRecipe(_PictureRecipe):
     search: Search
 
 
-class DecoderRecipe(Strict):
-    """A decoder with ``keep`` of the channels, trained on latents that ``model`` draws of the first ``number`` prompts.
+class DecoderRecipe(_PromptRecipe):
+    """A decoder with ``keep`` of the channels, trained on the latents of those pictures."""
 
-    ``prompts`` is a text file, a prompt a line, or "emoji": captions of the built-in zoo's training scenes.
-    """
-
-    model: Text
-    prompts: Text = BUILT_IN
-    number: Count
     unet: Text = "unet"
     steps: Count = 10
     sampler: Literal["ddim", "euler", "dpmsolver++"] = "dpmsolver++"

@@ -23,19 +23,17 @@ of all training; every figure below is on held-out meanings.
 (`unet`), AutoencoderKL, and a smaller UNet with the same text encoder (`unet_small`), trained on its own and for
 three quarters of the time on one or two objects, since easy prompts are what it is for. Made of the teacher by
 SnapFusion's methods are `unet_efficient`, without 12 of the teacher's blocks, `unet_student`, trained on for 8 steps,
-and `vae_small`, whose decoder has half of the channels. `unet_guided` and `unet_guided_efficient`, of the
-shapes of `unet` and `unet_efficient`, were taught by guidance distillation to draw without guidance what `unet_student`
-draws with it. `judge/` is a CLIP trained separately on rendered scenes; no
-picture is conditioned on it.
+and `vae_small`, whose decoder has half of the channels. `unet_guided` and `unet_guided_efficient`, of the shapes
+of `unet` and `unet_efficient`, were taught by guidance distillation to draw without guidance what `unet_student` draws
+with it. `judge/` is a CLIP trained separately on rendered scenes; no picture is conditioned on it.
 """
 
 _COMMANDS = """\
 The first four are made by `catimage zoo train PART`, in the order tokenizer, autoencoder, teacher, small, judge, with
 `--steps` as in the table; the others, in the order of the table, by `catimage distill` with the recipe of that name in
 `zoo/recipes` (`finetune` for those that end in v, `guidance` for those that begin with guided, `architecture` for
-efficient, `decoder`). Loss curves: `loss_curve`
-in `training.json`; the teacher's hold the place loss too (0.2 times the distance between where a caption's noun is said
-to be and where it is).
+efficient, `decoder`). Loss curves: `loss_curve` in `training.json`; the teacher's hold the place loss too (0.2 times
+the distance between where a caption's noun is said to be and where it is).
 """
 
 

@@ -15,9 +15,7 @@ from catimage_accel.training.record import RECORD_FILE
 MODEL = "model"
 CONFIG_FILE = "config.json"
 TRAINING_FILE = "training.json"
-RUNS = (
-    "teacher-v", "efficient", "efficient-v", "decoder", "student-v", "guided-8", "guided-efficient",
-)  # fmt: skip
+RUNS = ("teacher-v", "efficient", "efficient-v", "decoder", "student-v", "guided-8", "guided-efficient")
 PARTS = {
     "efficient-v/unet": "unet_efficient", "decoder/vae": "vae_small", "student-v/unet": "unet_student",
     "guided-8/unet": "unet_guided", "guided-efficient/unet": "unet_guided_efficient",

@@ -71,6 +71,12 @@ def test_guidance_is_taught_from_prompts_alone(recipe: Recipe, tmp_path: Path) -
         distill_guidance(path, tmp_path / "whole", CPU, steps=4)
 
 
+def test_a_batch_of_half_pictures_is_told_before_anything_is_loaded(recipe: Recipe, tmp_path: Path) -> None:
+    path = recipe("unguided", {"batch_size": 3}, **(UNGUIDED | {"model": "nowhere"}))
+    with pytest.raises(ValueError, match=r"batch_size is 3; accepted: a multiple of student_steps \(2\)"):
+        distill_guidance(path, tmp_path / "work", CPU)
+
+
 def test_start_weight_moves_the_result_towards_its_start_without_training_again(recipe: Recipe, tmp_path: Path) -> None:
     start = {name: value.float() for name, value in weights(tmp_path / "model" / "unet").items()}
     trained = weights(finetune(recipe("tuned"), tmp_path / "work", CPU))
