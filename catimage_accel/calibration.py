@@ -13,6 +13,7 @@ from torch import Tensor
 
 from catimage_accel.candidate import OWN_VAE, Candidate
 from catimage_accel.engines import DeepFeatures, Engine, TextBatch, TextState
+from catimage_accel.engines.protocol import ADDED_CONDITIONS
 from catimage_accel.executor import Executor, Job
 from catimage_accel.executor.samplers import SamplerTable
 from catimage_accel.quantize import UNetInputs
@@ -95,11 +96,10 @@ class _Recorder:
         """Starts again at step 0; ``wanted`` names the rows to keep of each step."""
         self.taken, self._wanted, self._step = [], wanted, 0
 
-    def see(self, sample: Tensor, timestep: Tensor, text: TextBatch) -> None:
+    def see(self, sample: Tensor, timestep: Tensor, text: TextBatch, added: Mapping[str, Tensor] | None) -> None:
         if rows := self._wanted[self._step]:
-            inputs = UNetInputs(
-                sample[rows].float().cpu(), timestep[rows].float().cpu(), text.hidden[rows].float().cpu()
-            )
+            values = [sample, timestep, text.hidden, *((added or {}).get(name) for name in ADDED_CONDITIONS)]
+            inputs = UNetInputs(*(None if value is None else value[rows].float().cpu() for value in values))
             self.taken.append((self._step, inputs))
         self._step += 1
 
@@ -116,6 +116,9 @@ class _RecordingEngine:
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextState]:
         return self._engine.encode_prompts(prompts)
 
+    def unconditional(self) -> TextState:
+        return self._engine.unconditional()
+
     def gather(self, states: Sequence[TextState]) -> TextBatch:
         return self._engine.gather(states)
 
@@ -129,7 +132,7 @@ class _RecordingEngine:
         deep: DeepFeatures | None = None,
     ) -> Tensor:
         try:
-            self._recorder.see(sample, timestep, text)
+            self._recorder.see(sample, timestep, text, added)
             return self._engine.denoise(sample, timestep, text, added, deep=deep)
         except Exception as error:
             # The executor goes on with smaller batches; the record would no longer know its rows.

@@ -16,6 +16,7 @@ LATER_FIELDS = {"vae": OWN_VAE, "guidance_rescale": 0.0}
 """Fields that came with later versions, at what older ones did: files leave them out there, so that those read them."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80)]
+Sampler = Literal["ddim", "euler", "euler_ancestral", "dpmsolver++", "lcm"]
 _Part = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
@@ -27,7 +28,8 @@ class CandidateFields(Strict):
     name: Name
     model: Annotated[str, Field(min_length=1)]
     steps: Annotated[int, Field(ge=1, le=1000)]
-    sampler: Literal["ddim", "euler", "dpmsolver++"]
+    sampler: Sampler
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100)]
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     unet: _Part = "unet"
@@ -47,10 +49,12 @@ class Candidate:
     ``model`` is a diffusers folder, relative to the catalog's folder or absolute, or a hub id; ``unet`` the subfolder
     of it with this candidate's UNet, ``vae`` the one with the VAE that decodes its latents. ``steps`` is 1 to 1000;
     ``guidance_scale`` 0 to 100, and up to 1 means none (one UNet row an image); ``guidance_rescale`` 0 to 1 is
-    diffusers' (arXiv 2305.08891). ``engine`` "auto" is the one measured fastest, for its weights or else for its
-    precision, "eager" where none was measured. ``precision`` "int8" and "fp8" need ``quantization``, a folder that
-    `catimage quantize` wrote, relative to the catalog's folder or absolute. ``options``: ``deepcache_interval`` (int,
-    the UNet's deep features are recomputed every so many steps, and at the last).
+    diffusers' (arXiv 2305.08891). ``timestep_spacing`` is the sampler's, None for what the model's scheduler config
+    says: turbo and lightning models want "trailing" (arXiv 2305.08891, table 2). ``engine`` "auto" is the one measured
+    fastest, for its weights or else for its precision, "eager" where none was measured. ``precision`` "int8" and "fp8"
+    need ``quantization``, a folder that `catimage quantize` wrote, relative to the catalog's folder or absolute.
+    ``options``: ``deepcache_interval`` (int, the UNet's deep features are recomputed every so many steps, and at the
+    last).
     Any other value raises ValueError.
     """
 
@@ -66,6 +70,7 @@ class Candidate:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     vae: str = OWN_VAE
     guidance_rescale: float = 0.0
+    timestep_spacing: str | None = None
 
     def __post_init__(self) -> None:
         values = {**{key: getattr(self, key) for key in CandidateFields.model_fields}, "options": dict(self.options)}

@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from catimage_accel.catalog import Candidate, Catalog
 from catimage_accel.engines.deepcache import runs_whole
-from catimage_accel.engines.loading import latent_size, model_class, read_config
+from catimage_accel.engines.loading import has_two_text_encoders, latent_size, model_class, read_config
+from catimage_accel.engines.protocol import TextBatch
+from catimage_accel.engines.text_encoders import text_widths
 from catimage_accel.executor import Executor, Job
 from catimage_accel.kernels.device import device_name
 
@@ -78,13 +80,19 @@ def _count(module: Any, *inputs: Any, **named: Any) -> FlopCounterMode:
 
 
 def _text_flops(model: Path) -> int:
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig.from_pretrained(model / "text_encoder")
-    with torch.device("meta"):
-        encoder = CLIPTextModel(config).eval()
-        tokens = torch.zeros(1, config.max_position_embeddings, dtype=torch.long)
-        return _count(encoder, tokens).get_total_flops()
+    kinds = {"text_encoder": CLIPTextModel}
+    if has_two_text_encoders(model):
+        kinds["text_encoder_2"] = CLIPTextModelWithProjection
+    found = 0
+    for part, kind in kinds.items():
+        config = CLIPTextConfig.from_pretrained(model / part)
+        with torch.device("meta"):
+            encoder = kind(config).eval()
+            tokens = torch.zeros(1, config.max_position_embeddings, dtype=torch.long)
+            found += _count(encoder, tokens).get_total_flops()
+    return found
 
 
 def _decode_flops(model: Path, name: str) -> int:
@@ -106,7 +114,10 @@ def _unet_flops(model: Path, name: str) -> tuple[int, int, int]:
         unet = kind.from_config(kind.load_config(model / name)).eval()
         sample = torch.zeros(1, unet.config.in_channels, *latent_size(config))
         width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
-        counter = _count(unet, sample, torch.zeros(1), torch.zeros(1, tokens, width))
+        pooled = text_widths(model)[1]
+        text = TextBatch(torch.zeros(1, tokens, width), [], None if pooled is None else torch.zeros(1, pooled))
+        added = text.added_conditions(*latent_size(config))  # sizes of pictures, which cost the same whatever they are
+        counter = _count(unet, sample, torch.zeros(1), text.hidden, added_cond_kwargs=added)
     by_module = {module: sum(counts.values()) for module, counts in counter.get_flop_counts().items()}
     root = type(unet).__name__
     last = len(unet.up_blocks) - 1

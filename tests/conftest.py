@@ -13,8 +13,22 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+)
 
 from catimage_accel.catalog import Candidate, Catalog
 from catimage_accel.routing import KNNRouter
@@ -57,6 +71,35 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``tiny_stable_diffusion`` saved as a diffusers folder."""
     folder = tmp_path_factory.mktemp("tiny-sd")
     tiny_stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+def tiny_sdxl() -> StableDiffusionXLPipeline:
+    """A random pipeline of SDXL's layout: encoders of unlike widths, added conditions, linear projections."""
+    sd = tiny_stable_diffusion("epsilon")
+    torch.manual_seed(2)
+    first = sd.text_encoder.config.to_dict()
+    second = CLIPTextConfig.from_dict(
+        first | {"hidden_size": 48, "num_hidden_layers": 3, "projection_dim": 20, "architectures": None}
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=80, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=68,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=sd.vae, unet=unet, scheduler=sd.scheduler, tokenizer=sd.tokenizer, tokenizer_2=sd.tokenizer,
+        text_encoder=sd.text_encoder, text_encoder_2=CLIPTextModelWithProjection(second), add_watermarker=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_sdxl`` saved as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("tiny-sdxl")
+    tiny_sdxl().save_pretrained(folder)
     return folder
 
 

@@ -41,7 +41,8 @@ class CompiledEngine(EagerEngine):
         text = self.gather(self.encode_prompts(["", ""]))
         sample = torch.zeros((2, self.channels, *self.sample_size), device=self.device)
         try:
-            self.denoise(sample, torch.tensor([999.0, 1.0], device=self.device), text)
+            added = text.added_conditions(*(side * self.scale_factor for side in self.sample_size))
+            self.denoise(sample, torch.tensor([999.0, 1.0], device=self.device), text, added)
         except RuntimeError as error:  # dynamo's and inductor's own errors, no C++ compiler among them
             # The first line may say no more than which backend raised.
             reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,49 +17,29 @@ from catimage_accel.engines.loading import (
     check_model_folder,
     check_precision,
     latent_size,
-    load_component,
     load_unet,
     load_vae,
     pixels_per_latent,
     read_config,
 )
-from catimage_accel.engines.protocol import DeepFeatures, KeyValue, TextBatch, TextState
+from catimage_accel.engines.protocol import DeepFeatures, EncodedPrompt, KeyValue, TextBatch, TextState
 from catimage_accel.engines.text import CachedText
+from catimage_accel.engines.text_encoders import TextEncoders
 from catimage_accel.quantize.fake import fake_quantized
 
-__all__ = ["PROMPT_CUT_OFF", "EagerEngine", "SharedParts"]
-
-PROMPT_CUT_OFF = "a prompt is cut off"
-"""How the warning of a prompt that is longer than what the text encoder reads begins."""
-SHOWN = 60
-
+__all__ = ["EagerEngine", "SharedParts"]
 
 class SharedParts:
-    """Tokenizer, text encoder and decoders of one model folder, for all engines over UNets of that folder.
+    """Text encoders and decoders of one model folder, for all engines over UNets of that folder.
 
     Weights are in ``dtype``, except that a float16 decoder whose config says ``force_upcast`` is kept in float32.
     """
 
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import CLIPTextModel, CLIPTokenizer
-
         self.model, self.dtype, self.device = model, dtype, device
-        self.tokenizer = CLIPTokenizer.from_pretrained(str(model), subfolder="tokenizer", local_files_only=True)
-        self.text_encoder = load_component(CLIPTextModel, model, "text_encoder", dtype).to(device)
+        self.text = TextEncoders(model, dtype, device)
         self.scale_factor = pixels_per_latent(read_config(model / OWN_VAE / "config.json"))
         self._vaes: dict[str, Any] = {}
-        self._hidden: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
-
-    @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """The text encoder's last state, (tokens, features), of each prompt; not computed again while in use."""
-        states = {prompt: state for prompt in prompts if (state := self._hidden.get(prompt)) is not None}
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in states]
-        if missing:
-            hidden = self.text_encoder(self._token_ids(missing), attention_mask=None)[0].to(self.dtype)
-            states |= {prompt: row.clone() for prompt, row in zip(missing, hidden, strict=True)}
-            self._hidden.update(states)
-        return [states[prompt] for prompt in prompts]
 
     def vae(self, name: str = OWN_VAE) -> Any:
         """The VAE in the subfolder ``name``, loaded at the first call; raises for weights that can't be read."""
@@ -78,21 +57,6 @@ class SharedParts:
         latents = latents.float() / decoder.config.scaling_factor
         latents = latents.to(device=self.device, dtype=decoder.dtype, memory_format=torch.channels_last)
         return decoder.decode(latents, return_dict=False)[0].float()
-
-    def _token_ids(self, prompts: list[str]) -> Tensor:
-        limit = self.tokenizer.model_max_length
-        ids = self.tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-        whole = self.tokenizer(prompts, padding=False, truncation=False, verbose=False).input_ids
-        for prompt, tokens in zip(prompts, whole, strict=True):
-            if len(tokens) > limit:
-                left_out = self.tokenizer.decode(tokens[limit - 1 : -1])
-                # Without a registry, in which every text would stay for good.
-                warnings.warn_explicit(
-                    f"{PROMPT_CUT_OFF}: {_begin(prompt)} has {len(tokens)} tokens; only {limit} are read, and "
-                    f"{_begin(left_out)} is not",
-                    UserWarning, __file__, self._token_ids.__code__.co_firstlineno,
-                )  # fmt: skip
-        return ids.input_ids.to(self.device)
 
 
 class EagerEngine:
@@ -138,7 +102,7 @@ class EagerEngine:
         self.unet = loaded.to(device=self.device, memory_format=torch.channels_last)
         self._text = CachedText(self.unet)
         self._states: WeakValueDictionary[str, TextState] = WeakValueDictionary()
-        self._empty: TextState | None = None  # every guided image needs it: kept, unlike the other prompts' states
+        self._unconditional: TextState | None = None  # every guided image needs it: kept, unlike the prompts' states
 
         self.channels: int = self.unet.config.in_channels
         self.sample_size = latent_size(self.unet.config)
@@ -164,23 +128,25 @@ class EagerEngine:
         states = {prompt: state for prompt in prompts if (state := self._states.get(prompt)) is not None}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in states]
         if missing:
-            hidden = self.shared.encode(missing)
-            layers = self._keys_values(torch.stack(hidden))
-            for row, prompt in enumerate(missing):
-                own = tuple((key[row].clone(), value[row].clone()) for key, value in layers)
-                states[prompt] = TextState(prompt, hidden[row], own)
+            found = self._with_own_layers(missing, self.shared.text.encode(missing))
+            states |= dict(zip(missing, found, strict=True))
             self._states.update(states)
-            self._empty = states.get("", self._empty)
         return [states[prompt] for prompt in prompts]
+
+    @torch.inference_mode()
+    def unconditional(self) -> TextState:
+        if self._unconditional is None:
+            self._unconditional = self._with_own_layers([""], [self.shared.text.unconditional()])[0]
+        return self._unconditional
 
     @torch.inference_mode()
     def gather(self, states: Sequence[TextState]) -> TextBatch:
         return TextBatch.gather(states)
 
     @torch.inference_mode()
-    def with_layers(self, hidden: Tensor) -> TextBatch:
-        """The batch of text encoder states (rows, tokens, features) that another engine gathered."""
-        return TextBatch(hidden, self._keys_values(hidden))
+    def with_layers(self, text: TextBatch) -> TextBatch:
+        """The batch that another engine gathered, with this one's keys and values."""
+        return TextBatch(text.hidden, self._keys_values(text.hidden), text.pooled)
 
     @torch.inference_mode()
     def denoise(
@@ -205,9 +171,12 @@ class EagerEngine:
     def decode(self, latents: Tensor, vae: str = OWN_VAE) -> Tensor:
         return self.shared.decode(latents, vae)
 
+    def _with_own_layers(self, prompts: Sequence[str], encoded: Sequence[EncodedPrompt]) -> list[TextState]:
+        layers = self._keys_values(torch.stack([one.hidden for one in encoded]))
+        return [
+            TextState(prompt, one, tuple((key[row].clone(), value[row].clone()) for key, value in layers))
+            for row, (prompt, one) in enumerate(zip(prompts, encoded, strict=True))
+        ]
+
     def _keys_values(self, hidden: Tensor) -> list[KeyValue]:
         return self._text.keys_values(self.unet.process_encoder_hidden_states(hidden, None))
-
-
-def _begin(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")

@@ -27,9 +27,9 @@ _UNETS = ("unet", "unet-deep", "unet-shallow")
 
 
 class GraphEngine:
-    """A UNet and its decoders as graphs of a :class:`~.runner.Runtime`; the text encoder stays in PyTorch.
+    """A UNet and its decoders as graphs of a :class:`~.runner.Runtime`; the text encoders stay in PyTorch.
 
-    Graphs take the text's last state, so a :class:`TextState` has no keys and values. Batches larger than the
+    Graphs take the text's state, so a :class:`TextState` has no keys and values. Batches larger than the
     runtime's largest are run in pieces. What the runtime can't do while it runs (a size it was not built for, a build
     that fails) the eager engine does in its place, to the same picture, and one warning says so. See
     :class:`~.protocol.Engine` for the calls.
@@ -63,9 +63,8 @@ class GraphEngine:
         self.sample_size = latent_size(config)
         self.scale_factor: int = self.shared.scale_factor
         self.profile = ShapeProfile(
-            runtime.rows, *self.sample_size, self.shared.tokenizer.model_max_length,
-            self.shared.text_encoder.config.hidden_size,
-        )  # fmt: skip
+            runtime.rows, *self.sample_size, self.shared.text.tokens, self.shared.text.features
+        )
         self._source = (model, unet, precision, quantization)
         self._cache = EngineCache() if cache is None else cache
         components = components_of(model, unet, precision, quantization, self.device, deepcache=True)
@@ -100,8 +99,11 @@ class GraphEngine:
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextState]:
-        hidden = self.shared.encode(prompts)
-        return [TextState(prompt, state) for prompt, state in zip(prompts, hidden, strict=True)]
+        encoded = self.shared.text.encode(prompts)
+        return [TextState(prompt, one) for prompt, one in zip(prompts, encoded, strict=True)]
+
+    def unconditional(self) -> TextState:
+        return TextState("", self.shared.text.unconditional())
 
     @torch.inference_mode()
     def gather(self, states: Sequence[TextState]) -> TextBatch:
@@ -121,6 +123,7 @@ class GraphEngine:
         if not self._given_up.intersection(names) and self._covers(sample):
             inputs = {
                 "sample": sample.to(self.dtype), "timestep": timestep.float(), "encoder_hidden_states": text.hidden,
+                **(added or {}),
             }  # fmt: skip
             try:
                 if deep is None:
@@ -191,7 +194,12 @@ class GraphEngine:
         profile, generator = self.profile, torch.Generator().manual_seed(0)
         sample = torch.randn((2, self.channels, *self.sample_size), generator=generator)
         hidden = torch.randn((2, profile.tokens, profile.text_features), generator=generator)
-        inputs = {"sample": sample, "timestep": torch.tensor([999.0, 1.0]), "encoder_hidden_states": hidden, **more}
+        pooled = self.shared.text.pooled_features
+        text = TextBatch(hidden, [], None if pooled is None else torch.randn((2, pooled), generator=generator))
+        added = text.added_conditions(*(side * self.scale_factor for side in self.sample_size)) or {}
+        inputs = {
+            "sample": sample, "timestep": torch.tensor([999.0, 1.0]), "encoder_hidden_states": hidden, **added, **more,
+        }  # fmt: skip
         results = self._run(name, {key: value.to(self.device) for key, value in inputs.items()})
         for key, value in results.items():
             if not bool(torch.isfinite(value).all()):
@@ -216,5 +224,5 @@ class GraphEngine:
 
     def _text_for_eager(self, text: TextBatch) -> TextBatch:
         if text not in self._own_text:
-            self._own_text[text] = self._eager().with_layers(text.hidden)
+            self._own_text[text] = self._eager().with_layers(text)
         return self._own_text[text]

@@ -13,14 +13,14 @@ import torch
 from catimage_accel.candidate import OWN_VAE, QUANTIZED_PRECISIONS
 
 __all__ = [
-    "PRECISIONS", "check_model_folder", "check_precision", "latent_size", "load_component", "load_unet",
-    "load_vae", "model_class", "pixels_per_latent", "read_config",
+    "PRECISIONS", "check_model_folder", "check_precision", "has_two_text_encoders", "latent_size", "load_component",
+    "load_unet", "load_vae", "model_class", "pixels_per_latent", "read_config",
 ]  # fmt: skip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_WEIGHTS = {"text_encoder": "model"}
-_TEXT_CLASSES = ("CLIPTextModel",)
+_WEIGHTS = {"text_encoder": "model", "text_encoder_2": "model"}
+_TEXT_CLASSES = {"text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",)}
 _VAE_CLASSES = ("AutoencoderKL", "EfficientDecoderKL")
 _UNET_CLASSES = ("UNet2DConditionModel", "EfficientUNet")
 # Class of a UNet or VAE -> the module that has it, imported when it is needed.
@@ -47,15 +47,17 @@ def check_precision(precision: str, device: torch.device) -> torch.dtype:
 def check_model_folder(model: Path, unet: str = "unet", vae: str = OWN_VAE) -> None:
     """Raises FileNotFoundError or ValueError, one line, for a folder that no engine here can run.
 
-    Looks at names and configs only: the parts are there, of Stable Diffusion's classes, their weights as safetensors.
-    Another ``vae`` than the folder's own takes latents of the same channels and makes pictures of the same size.
+    Looks at names and configs only: the parts are there, of the classes of Stable Diffusion 1.x and 2.x or of SDXL,
+    their weights as safetensors; the UNet takes what the text encoders give. Another ``vae`` than the folder's own
+    takes latents of the same channels and makes pictures of the same size.
     """
     if not model.is_dir():
         raise FileNotFoundError(f"{model} is not a folder; accepted: a diffusers model folder")
-    if (model / "text_encoder_2").exists():
-        raise ValueError(f"{model} has a text_encoder_2; accepted: models of Stable Diffusion 1.x's and 2.x's layout")
-    _check_tokenizer(model / "tokenizer")
-    for part, classes in {"text_encoder": _TEXT_CLASSES, vae: _VAE_CLASSES, unet: _UNET_CLASSES}.items():
+    encoders = list(_TEXT_CLASSES)[: 1 + has_two_text_encoders(model)]
+    for encoder in encoders:
+        _check_tokenizer(model / encoder.replace("text_encoder", "tokenizer"))
+    parts = {encoder: _TEXT_CLASSES[encoder] for encoder in encoders} | {vae: _VAE_CLASSES, unet: _UNET_CLASSES}
+    for part, classes in parts.items():
         config = read_config(model / part / "config.json")
         found = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
         if found not in classes:
@@ -70,13 +72,46 @@ def check_model_folder(model: Path, unet: str = "unet", vae: str = OWN_VAE) -> N
                 f"{model / part / 'config.json'}: sample_size is missing; accepted: the side of the latents that "
                 "the UNet was trained on, such as 64"
             )
+        if part == vae and (config.get("latents_mean") or config.get("latents_std")):
+            raise ValueError(
+                f"{model / part / 'config.json'}: latents_mean and latents_std are set; accepted: VAEs whose latents "
+                "are scaled by scaling_factor alone"
+            )
         _weight_variant(model / part, part)
+    _check_added_conditions(model, unet)
     if vae != OWN_VAE:
         found, own = (_latents_of(model / name / "config.json") for name in (vae, OWN_VAE))
         if found != own:
             raise ValueError(
                 f"{model / vae / 'config.json'}: (latent_channels, pixels a latent) are {found}; accepted: {own}, "
                 f"as in {model / OWN_VAE}"
+            )
+
+
+def has_two_text_encoders(model: Path) -> bool:
+    """Whether a folder is of SDXL's layout: two text encoders, of which the UNet takes the whole prompt as well."""
+    return (model / "text_encoder_2").exists()
+
+
+def _check_added_conditions(model: Path, unet: str) -> None:
+    """SDXL's UNet with two text encoders, others with one; a refiner, which starts from a picture, is neither."""
+    path = model / unet / "config.json"
+    config = read_config(path)
+    kind = config.get("addition_embed_type")
+    expected = "text_time" if has_two_text_encoders(model) else None
+    if kind != expected:
+        raise ValueError(
+            f"{path}: addition_embed_type is {kind!r}; accepted: "
+            f"{expected!r}, for a folder with {'two text encoders' if expected else 'one text encoder'}"
+        )
+    if expected is not None:
+        pooled = read_config(model / "text_encoder_2" / "config.json").get("projection_dim")
+        sizes = 6 * (config.get("addition_time_embed_dim") or 0)
+        width = (config.get("projection_class_embeddings_input_dim") or 0) - sizes
+        if width != pooled:
+            raise ValueError(
+                f"{path}: the UNet takes {width} features beside six sizes, text_encoder_2 gives {pooled}; accepted: "
+                "as many, as in SDXL's base model (a refiner can't draw a prompt)"
             )
 
 
@@ -96,7 +131,7 @@ def _check_tokenizer(folder: Path) -> None:
 def load_component(kind: Any, model: Path, part: str, dtype: torch.dtype) -> Any:
     """``kind.from_pretrained`` of one part of a folder: safetensors only, never the network; in eval mode."""
     variant = _weight_variant(model / part, part)
-    name = "dtype" if part == "text_encoder" else "torch_dtype"
+    name = "dtype" if part in _TEXT_CLASSES else "torch_dtype"
     component = kind.from_pretrained(
         str(model), subfolder=part, use_safetensors=True, local_files_only=True, variant=variant, **{name: dtype}
     )

@@ -15,6 +15,7 @@ from catimage_accel.engines.components import Component
 from catimage_accel.engines.deepcache import enter, inside, leave
 from catimage_accel.engines.loading import load_unet, load_vae, read_config
 from catimage_accel.engines.onnx_weights import fold_quantized_weights, narrow_weights, onnx_type, type_scales
+from catimage_accel.engines.protocol import ADDED_CONDITIONS
 from catimage_accel.engines.unavailable import EngineUnavailable, why_missing
 from catimage_accel.quantize.fake import fake_quantized
 
@@ -97,7 +98,7 @@ def _write(component: Component, high_precision: str, weight_bits: int, folder: 
     dtype = _DTYPES[high_precision if component.scales else component.precision]
     module, inputs = _decoder(component, dtype) if component.name == "vae_decoder" else _unet(component, dtype)
     names, outputs = _NAMES[component.name]
-    names = [*names, *(["text_embeds", "time_ids"] if len(inputs) > len(names) else [])]
+    names = [*names, *(ADDED_CONDITIONS if len(inputs) > len(names) else [])]
     traced = folder / "traced"  # torch writes one file a weight there if the model is too large for one in all
     traced.mkdir()
     _trace(component, module, inputs, names, outputs, traced / MODEL_FILE)
@@ -266,7 +267,7 @@ class _Decoder(nn.Module):
 
 
 def _added(tensors: Sequence[Tensor]) -> dict[str, Tensor] | None:
-    return dict(zip(("text_embeds", "time_ids"), tensors, strict=True)) if tensors else None
+    return dict(zip(ADDED_CONDITIONS, tensors, strict=True)) if tensors else None
 
 
 def _normalize_in_float32(module: nn.Module, dtype: torch.dtype) -> None:

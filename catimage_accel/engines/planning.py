@@ -10,6 +10,7 @@ import torch
 from catimage_accel.candidate import OWN_VAE
 from catimage_accel.engines.components import Component, ShapeProfile
 from catimage_accel.engines.loading import PRECISIONS, check_model_folder, check_precision, latent_size, read_config
+from catimage_accel.engines.text_encoders import text_widths
 
 __all__ = ["components_of", "shape_profile", "target_device"]
 
@@ -44,10 +45,9 @@ def components_of(
 
 
 def shape_profile(model: Path, unet: str, rows: Sequence[int]) -> ShapeProfile:
-    """Batches of ``rows`` at the size that the UNet was trained on, with its text encoder's number of tokens."""
+    """Batches of ``rows`` at the size that the UNet was trained on, with its text encoders' number of tokens."""
     from transformers import CLIPTokenizer
 
     height, width = latent_size(read_config(model / unet / "config.json"))
     tokenizer = CLIPTokenizer.from_pretrained(str(model), subfolder="tokenizer", local_files_only=True)
-    features = read_config(model / "text_encoder" / "config.json")["hidden_size"]
-    return ShapeProfile(tuple(rows), height, width, tokenizer.model_max_length, features)
+    return ShapeProfile(tuple(rows), height, width, tokenizer.model_max_length, text_widths(model)[0])

@@ -11,30 +11,49 @@ from torch import Tensor
 
 from catimage_accel.candidate import OWN_VAE
 
-__all__ = ["DeepFeatures", "Engine", "TextBatch", "TextState"]
+__all__ = ["ADDED_CONDITIONS", "DeepFeatures", "EncodedPrompt", "Engine", "TextBatch", "TextState"]
 
 KeyValue = tuple[Tensor, Tensor]
+ADDED_CONDITIONS = ("text_embeds", "time_ids")
+"""Names of what SDXL's UNets take beside the text."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPrompt:
+    """What a folder's text encoders make of a prompt.
+
+    ``hidden`` (tokens, features) is for cross-attention; ``pooled`` (features,) the whole prompt, which SDXL's UNets
+    take as ``text_embeds``, None for others.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class TextState:
     """What one prompt gives a UNet: everything about it that does not change over the steps.
 
-    ``hidden`` (tokens, features) is the text encoder's last state; ``layers`` holds the keys and values that each
-    cross-attention layer computes from it, (tokens, heads, head_dim) each, in the order of the UNet's modules.
+    ``layers`` holds the keys and values that each cross-attention layer computes from it, (tokens, heads, head_dim)
+    each, in the order of the UNet's modules.
     """
 
     prompt: str
-    hidden: Tensor
+    encoded: EncodedPrompt
     layers: tuple[KeyValue, ...] = ()
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.encoded.hidden
 
 
 @dataclass(eq=False)
 class TextBatch:
-    """TextStates gathered for the rows of a batch: ``hidden`` (rows, tokens, features), ``layers`` with a rows axis."""
+    """TextStates gathered for the rows of a batch, all with a rows axis: ``hidden`` (rows, tokens, features)."""
 
     hidden: Tensor
     layers: list[KeyValue]
+    pooled: Tensor | None = None
     _subsets: dict[tuple[int, ...], TextBatch] = field(default_factory=dict)
 
     @classmethod
@@ -43,6 +62,7 @@ class TextBatch:
         return cls(
             torch.stack([state.hidden for state in states]),
             [(torch.stack([key for key, _ in rows]), torch.stack([value for _, value in rows])) for rows in layers],
+            None if states[0].encoded.pooled is None else torch.stack([_pooled(state) for state in states]),
         )
 
     def rows(self, index: tuple[int, ...]) -> TextBatch:
@@ -50,9 +70,26 @@ class TextBatch:
         if index not in self._subsets:
             rows = torch.tensor(index, device=self.hidden.device)
             self._subsets[index] = TextBatch(
-                self.hidden[rows], [(key[rows], value[rows]) for key, value in self.layers]
-            )
+                self.hidden[rows], [(key[rows], value[rows]) for key, value in self.layers],
+                None if self.pooled is None else self.pooled[rows],
+            )  # fmt: skip
         return self._subsets[index]
+
+    def added_conditions(self, height: int, width: int) -> dict[str, Tensor] | None:
+        """What SDXL's UNets take besides, for whole pictures of ``height`` x ``width`` pixels; None for other UNets.
+
+        ``text_embeds`` (rows, features) and ``time_ids`` (rows, 6) float32: the sizes of the original and of the
+        target, uncropped, as diffusers has them unless told otherwise (arXiv 2307.01952, section 2.2).
+        """
+        if self.pooled is None:
+            return None
+        size = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.pooled.device)
+        return dict(zip(ADDED_CONDITIONS, (self.pooled, size.expand(len(self.pooled), -1)), strict=True))
+
+
+def _pooled(state: TextState) -> Tensor:
+    assert state.encoded.pooled is not None
+    return state.encoded.pooled
 
 
 @dataclass(eq=False)
@@ -94,6 +131,10 @@ class Engine(Protocol):
         """One state a prompt, in order; a prompt whose state is still in use anywhere is not computed again."""
         ...
 
+    def unconditional(self) -> TextState:
+        """What guidance leads away from: the empty prompt's state, or what the model has in its place."""
+        ...
+
     def gather(self, states: Sequence[TextState]) -> TextBatch:
         """The states as one batch, to be kept for as long as the rows stay the same."""
         ...
@@ -107,7 +148,10 @@ class Engine(Protocol):
         *,
         deep: DeepFeatures | None = None,
     ) -> Tensor:
-        """The UNet's output, float32 (rows, C, h, w), for ``sample`` (rows, C, h, w) and ``timestep`` (rows,)."""
+        """The UNet's output, float32 (rows, C, h, w), for ``sample`` (rows, C, h, w) and ``timestep`` (rows,).
+
+        ``added`` is ``text.added_conditions`` at the picture's size.
+        """
         ...
 
     def decode(self, latents: Tensor, vae: str = OWN_VAE) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from catimage_accel.engines.eager import EagerEngine, SharedParts
 from catimage_accel.engines.int8.choice import LayerChoice
 from catimage_accel.engines.int8.swap import swap_layers
-from catimage_accel.engines.protocol import TextBatch
 from catimage_accel.engines.unavailable import EngineUnavailable
 from catimage_accel.kernels.dispatch import TRITON_INSTALLED
 from catimage_accel.quantize.quantization import Quantization
@@ -78,9 +77,7 @@ class TritonInt8Engine(EagerEngine):
     @torch.inference_mode()
     def _run_once(self) -> None:
         """The UNet on one row of zeros, at its usual size."""
-        tokens = self.shared.tokenizer.model_max_length
-        features = self.unet.config.cross_attention_dim
-        hidden = torch.zeros(1, tokens, features, dtype=self.dtype, device=self.device)
-        text = TextBatch(hidden, self._text.keys_values(self.unet.process_encoder_hidden_states(hidden, None)))
+        text = self.gather([self.unconditional()])
         sample = torch.zeros(1, self.channels, *self.sample_size, device=self.device)
-        self.denoise(sample, torch.zeros(1, device=self.device), text)
+        added = text.added_conditions(*(side * self.scale_factor for side in self.sample_size))
+        self.denoise(sample, torch.zeros(1, device=self.device), text, added)

@@ -23,8 +23,9 @@ __all__ = ["Batch", "Slot"]
 class Slot:
     """One image in flight: its sample, where it stands in its own table, and what its last step left behind.
 
-    ``sample`` and ``history`` (the last step's denoised latents) are float32 (C, h, w); ``deep`` holds one or, with
-    guidance, two rows of deep features.
+    ``sample`` and ``history`` (the last step's denoised latents) are float32 (C, h, w); ``noise`` (table.noises, C, h,
+    w) is what a sampler adds after its steps, None for those that add none; ``deep`` holds one or, with guidance, two
+    rows of deep features.
     """
 
     job: Job
@@ -34,6 +35,7 @@ class Slot:
     guidance_scale: float
     deepcache_interval: int = 1
     guidance_rescale: float = 0.0
+    noise: Tensor | None = None
     step: int = 0
     history: Tensor | None = None
     deep: Tensor | None = None
@@ -52,6 +54,11 @@ class Slot:
         """Whether the next step recomputes the deep features."""
         return runs_whole(self.step, len(self.table), self.deepcache_interval)
 
+    @property
+    def next_noise(self) -> Tensor | None:
+        """What the next step adds, None if nothing."""
+        return None if self.noise is None or self.step >= len(self.noise) else self.noise[self.step]
+
 
 class Batch:
     """A fixed set of slots, stepped together until the first of them is done or the set changes.
@@ -62,7 +69,8 @@ class Batch:
     """
 
     def __init__(self, engine: Engine, slots: Sequence[Slot], empty: TextState | None, *, apart: bool = False) -> None:
-        """``empty`` is the empty prompt's state, needed if a slot is guided; ``apart`` calls the UNet slot by slot."""
+        """``empty`` is the engine's ``unconditional``, needed if a slot is guided; ``apart`` calls the UNet for each
+        slot by itself."""
         self._apart = apart
         self.slots = sorted(slots, key=lambda slot: not slot.guided)
         self._engine = engine
@@ -71,6 +79,8 @@ class Batch:
         self._done = 0
         texts = [slot.text for slot in self.slots]
         self._text = engine.gather(([empty] * guided if empty is not None else []) + texts)
+        self._pixels = [side * engine.scale_factor for side in self.slots[0].sample.shape[-2:]]
+        self._added = self._text.added_conditions(*self._pixels)
 
         spans = [slice(slot.step, slot.step + self._steps) for slot in self.slots]
         timesteps = np.stack([slot.table.timesteps[span] for slot, span in zip(self.slots, spans, strict=True)], axis=1)
@@ -79,7 +89,7 @@ class Batch:
         row_timesteps = np.concatenate([timesteps[:, :guided], timesteps], axis=1)
         self._row_timesteps = torch.from_numpy(row_timesteps).to(engine.device)
         self._coefficients = torch.from_numpy(rows).to(engine.device)
-        self._uses_history = bool(rows[..., 2].any())
+        self._uses_third = bool(rows[..., 2].any())
         # Without guidance a scale of 1 gives `uncond + (cond - uncond)` with uncond = cond, which is exact.
         scales = [slot.guidance_scale if slot.guided else 1.0 for slot in self.slots]
         self._guidance = torch.tensor(scales, device=engine.device)
@@ -107,17 +117,27 @@ class Batch:
         else:
             if self._deep is not None:
                 self._deep.refresh = self._refreshed_rows()
-            noise = self._engine.denoise(sample, timesteps, self._text, deep=self._deep)
+            noise = self._engine.denoise(sample, timesteps, self._text, self._added, deep=self._deep)
+        third = self._third() if self._uses_third else None
         cond = noise[guided:]
         uncond = torch.cat([noise[:guided], cond[guided:]]) if 0 < guided < len(cond) else noise[:guided]
         self.sample, self.history = guided_step(
             self.sample, cond, uncond if guided else None, self._coefficients[done],
-            self.history if self._uses_history else None, guidance_scale=self._guidance,
-            guidance_rescale=self._rescale,
+            third, guidance_scale=self._guidance, guidance_rescale=self._rescale,
         )  # fmt: skip
         self._done += 1
         for slot in self.slots:
             slot.step += 1
+
+    def _third(self) -> Tensor:
+        """What ``h`` of each row multiplies: the last step's denoised latents, or noise."""
+        noises = [(index, noise) for index, slot in enumerate(self.slots) if (noise := slot.next_noise) is not None]
+        if not noises:
+            return self.history
+        third = self.history.clone()
+        for index, noise in noises:
+            third[index] = noise
+        return third
 
     def _denoise_apart(self, sample: Tensor, timesteps: Tensor) -> Tensor:
         noise = torch.empty_like(sample)
@@ -129,7 +149,8 @@ class Batch:
                 refresh = None if slot.whole else ()
                 deep = DeepFeatures(None if known is None else known[rows], refresh)
             text = self._text.rows(tuple(rows))
-            noise[rows] = self._engine.denoise(sample[rows], timesteps[rows], text, deep=deep)
+            added = text.added_conditions(*self._pixels)
+            noise[rows] = self._engine.denoise(sample[rows], timesteps[rows], text, added, deep=deep)
             if self._deep is not None and deep is not None and deep.features is not None:
                 if self._deep.features is None:
                     self._deep.features = deep.features.new_zeros((len(sample), *deep.features.shape[1:]))

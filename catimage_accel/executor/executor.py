@@ -71,7 +71,7 @@ class Executor:
         self._resolve_model = resolve_model or Path
         self._rank_engines = rank_engines or _own_engine
         self._engines = LoadedEngines(self.device, fall_back=fall_back)
-        self._tables: dict[tuple[Path, str, int], SamplerTable] = {}
+        self._tables: dict[tuple[Path, str, int, str | None], SamplerTable] = {}
         self._prepared: dict[tuple[Any, ...], tuple[Engine, SamplerTable]] = {}
         self._batch_limits: dict[tuple[int, torch.Size], int] = {}
 
@@ -94,8 +94,8 @@ class Executor:
         """What draws the candidate, loaded on first use. Raises as :meth:`check` does, and for unreadable weights."""
         c = candidate
         key = (
-            c.model, c.unet, c.vae, c.engine, c.precision, c.quantization, c.sampler, c.steps, c.guidance_scale,
-            repr(dict(c.options)),
+            c.model, c.unet, c.vae, c.engine, c.precision, c.quantization, c.sampler, c.steps, c.timestep_spacing,
+            c.guidance_scale, repr(dict(c.options)),
         )  # fmt: skip
         if key not in self._prepared:
             self.check(candidate)
@@ -145,9 +145,10 @@ class Executor:
         return None if candidate.quantization is None else self._resolve_model(candidate.quantization)
 
     def _table(self, model: Path, candidate: Candidate) -> SamplerTable:
-        key = (model, candidate.sampler, candidate.steps)
+        key = (model, candidate.sampler, candidate.steps, candidate.timestep_spacing)
         if key not in self._tables:
-            self._tables[key] = sampler_table(candidate.sampler, candidate.steps, read_scheduler_config(model))
+            _, sampler, steps, spacing = key
+            self._tables[key] = sampler_table(sampler, steps, read_scheduler_config(model), spacing)
         return self._tables[key]
 
 

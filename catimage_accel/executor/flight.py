@@ -13,7 +13,7 @@ from torch import Tensor
 from catimage_accel.engines import Engine
 from catimage_accel.executor.batch import Batch, Slot
 from catimage_accel.executor.group import Entry, Group
-from catimage_accel.executor.job import Finished, Job, Step, first_sample
+from catimage_accel.executor.job import Finished, Job, Step, first_sample, step_noise
 from catimage_accel.executor.samplers import SamplerTable
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Flight:
         try:
             engine, table = self._models.prepare(job.candidate)
             sample = first_sample(job, engine, table)
+            noise = step_noise(job, engine, table, sample.shape)
         except Exception as error:
             self._fail(job, started, error)
             return
@@ -85,7 +86,7 @@ class Flight:
         if key not in self._groups:
             limit = self._models.batch_limit(engine, sample.shape)
             self._groups[key] = Group(engine, limit, self._models.reproducible)
-        self._groups[key].taken.append(Entry(job, engine, table, sample, started))
+        self._groups[key].taken.append(Entry(job, engine, table, sample, noise, started))
 
     def cancel(self, key: Any) -> None:
         """Forgets the job of this key, wherever it stands: its slot is free at the next step, and no outcome of it is
@@ -136,7 +137,7 @@ class Flight:
             interval = candidate.options.get("deepcache_interval", 1)
             slot = Slot(
                 entry.job, entry.table, text, entry.sample, candidate.guidance_scale, interval,
-                candidate.guidance_rescale, started=entry.started,
+                candidate.guidance_rescale, entry.noise, started=entry.started,
             )  # fmt: skip
             self._groups[id(entry.engine), entry.sample.shape].waiting.append(slot)
 

@@ -24,6 +24,7 @@ class Entry:
     engine: Engine
     table: SamplerTable
     sample: Tensor
+    noise: Tensor | None
     started: float
 
 
@@ -54,7 +55,7 @@ class Group:
         while self.waiting and len(self.slots) < self.limit:
             self.slots.append(self.waiting.popleft())
         if self.empty is None and any(slot.guided for slot in self.slots):
-            self.empty = self.engine.encode_prompts([""])[0]
+            self.empty = self.engine.unconditional()
         self.batch = Batch(self.engine, self.slots, self.empty, apart=self.apart)
         return self.batch
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from catimage_accel.engines import Engine
     from catimage_accel.executor.samplers import SamplerTable
 
-__all__ = ["Finished", "Job", "Step", "first_sample"]
+__all__ = ["Finished", "Job", "Step", "first_sample", "step_noise"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,9 @@ class Job:
     Attributes:
         prompt: The text; the negative prompt is the empty one.
         candidate: How to draw it.
-        generator: Draws the initial noise as diffusers does for one image, when the executor takes the job on; jobs
-            take from a generator they share in the order in which the executor pulls them. None: torch's global one.
+        generator: Draws the initial noise as diffusers does for one image, and that of all steps for a sampler that
+            adds some, when the executor takes the job on; jobs take from a generator they share in the order in which
+            the executor pulls them. None: torch's global one.
         latents: Unit Gaussian noise to start from instead, (C, h, w) or (1, C, h, w), as diffusers' ``latents``.
         height, width: Pixels, multiples of the decoder's scale factor; None: what the UNet was trained on (or the size
             of ``latents``).
@@ -102,9 +103,25 @@ def first_sample(job: Job, engine: Engine, table: SamplerTable) -> Tensor:
             )
         noise = noise.to(engine.device)
     else:
-        drawn_on = engine.device if job.generator is None else job.generator.device
-        noise = torch.randn((1, *shape), generator=job.generator, device=drawn_on, dtype=engine.dtype)[0]
+        noise = _drawn(job, engine, shape)
     return noise.to(device=engine.device, dtype=torch.float32) * table.initial_scale
+
+
+def step_noise(job: Job, engine: Engine, table: SamplerTable, shape: torch.Size) -> Tensor | None:
+    """The noise of every step for a sampler that adds some, float32 (table.noises, C, h, w); None for the others.
+
+    To be drawn after :func:`first_sample`, of whose sample ``shape`` is.
+    """
+    if not table.noises:
+        return None
+    noise = [_drawn(job, engine, shape) for _ in range(table.noises)]
+    return torch.stack(noise).to(device=engine.device, dtype=torch.float32)
+
+
+def _drawn(job: Job, engine: Engine, shape: tuple[int, ...]) -> Tensor:
+    """(C, h, w) unit noise, drawn as diffusers does for one image."""
+    drawn_on = engine.device if job.generator is None else job.generator.device
+    return torch.randn((1, *shape), generator=job.generator, device=drawn_on, dtype=engine.dtype)[0]
 
 
 def _latent_size(job: Job, engine: Engine) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from catimage_accel.catalog import Catalog
-from catimage_accel.engines.eager import PROMPT_CUT_OFF
 from catimage_accel.engines.loading import hide_progress_bars
+from catimage_accel.engines.text_encoders import PROMPT_CUT_OFF
 from catimage_accel.executor import Executor
 from catimage_accel.profiling import catalog_executor
 from catimage_accel.serve.draw_loop import DrawLoop, in_one_line, usable_candidates

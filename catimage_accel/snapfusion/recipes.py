@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeVar
 import torch
 from pydantic import Field
 
+from catimage_accel.candidate import Sampler
 from catimage_accel.catalog import BUILT_IN, built_in_folder
 from catimage_accel.storage import Strict, read_toml, validated
 from catimage_accel.training.config import TrainConfig, computes_in_bf16
@@ -177,7 +178,7 @@ class DecoderRecipe(_PromptRecipe):
 
     unet: Text = "unet"
     steps: Count = 10
-    sampler: Literal["ddim", "euler", "dpmsolver++"] = "dpmsolver++"
+    sampler: Sampler = "dpmsolver++"
     guidance_scale: Scale = 4.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 500_000
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5

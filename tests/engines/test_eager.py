@@ -99,7 +99,7 @@ def test_decodes_as_diffusers(engine: EagerEngine, pipe: StableDiffusionPipeline
 
 def test_bf16_runs_every_part_in_bf16_and_answers_in_float32(tiny_sd_folder: Path) -> None:
     engine = EagerEngine(tiny_sd_folder, precision="bf16")
-    parts = (engine.unet, engine.shared.text_encoder, engine.shared.vae())
+    parts = (engine.unet, *engine.shared.text.encoders, engine.shared.vae())
     assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.bfloat16}
     text = engine.gather(engine.encode_prompts(["a dog"]))
     assert engine.denoise(noise(1), torch.tensor([500.0]), text).dtype == torch.float32
@@ -113,7 +113,7 @@ def test_a_float16_decoder_that_overflows_stays_in_float32(
     folder = shutil.copytree(tiny_sd_folder, tmp_path / "upcast")
     edit("vae", force_upcast=force_upcast)(folder)
     shared = SharedParts(folder, torch.float16, torch.device("cpu"))
-    assert shared.text_encoder.dtype == torch.float16
+    assert shared.text.encoders[0].dtype == torch.float16
     assert shared.vae().dtype == (torch.float32 if force_upcast else torch.float16)
     assert shared.decode(noise(1)).dtype == torch.float32
 
@@ -190,7 +190,9 @@ def edit(part: str, **values: Any) -> Callable[[Path], None]:
         pytest.param(edit("vae", _class_name="AutoencoderTiny"), ValueError, "'AutoencoderTiny'", id="VAE class"),
         pytest.param(edit("unet", time_cond_proj_dim=256), ValueError, "time_cond_proj_dim is 256", id="LCM"),
         pytest.param(edit("unet", sample_size=None), ValueError, "sample_size is missing", id="no size"),
-        pytest.param(lambda f: (f / "text_encoder_2").mkdir(), ValueError, "text_encoder_2", id="SDXL"),
+        pytest.param(
+            lambda f: (f / "text_encoder_2").mkdir(), FileNotFoundError, "tokenizer_2 is missing", id="half of SDXL"
+        ),
         pytest.param(lambda f: (f / "unet" / "config.json").write_text("{"), ValueError, "not JSON", id="JSON"),
     ],
 )

@@ -17,7 +17,9 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     StableDiffusionPipeline,
 )
 from hypothesis import given, settings
@@ -26,7 +28,10 @@ from hypothesis import strategies as st
 from catimage_accel.catalog import Candidate
 from catimage_accel.executor import Executor, Finished, Job, Step
 
-SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
+SCHEDULERS = {
+    "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler, "lcm": LCMScheduler,
+}  # fmt: skip
 PROMPTS = ("a dog", "a crown, a dog and a bear on a pink background", "three lemons", "")
 
 
@@ -64,7 +69,9 @@ def executor() -> Executor:
 
 def with_diffusers(pipe: StableDiffusionPipeline, one: Job, output_type: str = "latent") -> Any:
     c = one.candidate
-    pipe.scheduler = SCHEDULERS[c.sampler].from_config(pipe.scheduler.config)
+    folder = Path(c.model) / "scheduler"
+    spacing = {} if c.timestep_spacing is None else {"timestep_spacing": c.timestep_spacing}
+    pipe.scheduler = SCHEDULERS[c.sampler].from_config(DDIMScheduler.load_config(folder), **spacing)
     return pipe(
         one.prompt, num_inference_steps=c.steps, guidance_scale=c.guidance_scale, guidance_rescale=c.guidance_rescale,
         output_type=output_type, generator=torch.Generator().manual_seed(one.key),
@@ -106,10 +113,25 @@ def test_rescaled_guidance_in_one_batch_with_others(
         assert_as_diffusers(pipe, outcome)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_a_candidates_own_timestep_spacing(
+    executor: Executor, pipe: StableDiffusionPipeline, tiny_sd_folder: Path, spacing: str
+) -> None:
+    spaced = [candidate(tiny_sd_folder, one, 4, timestep_spacing=spacing) for one in ("euler_ancestral", "ddim")]
+    jobs = [job(one, PROMPTS[0], index) for index, one in enumerate([*spaced, candidate(tiny_sd_folder, "ddim", 4)])]
+    outcomes = finished(executor, jobs)
+    for outcome in outcomes:
+        assert_as_diffusers(pipe, outcome)
+    assert outcomes[1].latents is not None
+    assert outcomes[2].latents is not None
+    assert not torch.allclose(outcomes[1].latents, outcomes[2].latents, atol=1e-2), "the spacing changes the picture"
+
+
 def mixed_jobs(folder: Path) -> list[Job]:
     """More jobs than places, so that they join and leave; every sampler, several lengths, guided and not."""
     mix = [("ddim", 7, 3.0), ("euler", 4, 1.0), ("dpmsolver++", 9, 7.5), ("ddim", 2, 1.0), ("euler", 11, 2.0)]
-    mix += [("dpmsolver++", 16, 1.0), ("dpmsolver++", 3, 4.0), ("ddim", 1, 5.0)]
+    mix += [("dpmsolver++", 16, 1.0), ("dpmsolver++", 3, 4.0), ("ddim", 1, 5.0), ("lcm", 4, 1.0), ("lcm", 6, 2.0)]
+    mix += [("euler_ancestral", 5, 3.0), ("dpmsolver++", 5, 3.0), ("euler_ancestral", 1, 1.0)]
     return [
         job(candidate(folder, sampler, steps, guidance), PROMPTS[index % 4], index)
         for index, (sampler, steps, guidance) in enumerate(mix)
@@ -298,7 +320,7 @@ def test_each_prompt_is_encoded_once(tiny_sd_folder: Path, monkeypatch: pytest.M
     one = candidate(tiny_sd_folder)
     engine, _ = executor.prepare(one)
     encoded: list[int] = []
-    engine.shared.text_encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))  # type: ignore[attr-defined]
+    engine.shared.text.encoders[0].register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))  # type: ignore[attr-defined]
     prompts = ["a dog", "a dog", "a crown", "a dog"]
     finished(executor, [job(one, prompt, seed) for seed, prompt in enumerate(prompts)])
     assert sum(encoded) == 3, "a dog, a crown and the empty prompt"
@@ -308,7 +330,7 @@ def test_the_empty_prompt_is_encoded_once_an_engine(tiny_sd_folder: Path) -> Non
     executor = Executor(device="cpu")
     engine, _ = executor.prepare(candidate(tiny_sd_folder))
     encoded: list[int] = []
-    engine.shared.text_encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))  # type: ignore[attr-defined]
+    engine.shared.text.encoders[0].register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))  # type: ignore[attr-defined]
     for seed in range(2):
         finished(executor, [job(candidate(tiny_sd_folder), "a dog", seed)])
     assert sum(encoded) == 3, "a dog in each run, the empty prompt in the first"

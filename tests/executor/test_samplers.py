@@ -7,13 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catimage_accel.executor import SAMPLERS, sampler_table
+from catimage_accel.executor.samplers import TIMESTEP_SPACINGS
 
-CLASSES = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
+CLASSES = {
+    "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler, "lcm": LCMScheduler,
+}  # fmt: skip
 ZOO: dict[str, Any] = {
     "beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "clip_sample": False,
     "set_alpha_to_one": False, "prediction_type": "v_prediction", "timestep_spacing": "trailing",
@@ -29,18 +39,21 @@ def with_diffusers(sampler: str, steps: int, config: dict[str, Any], noise: torc
     scheduler = CLASSES[sampler].from_config(config)
     scheduler.set_timesteps(steps)
     latents = noise * scheduler.init_noise_sigma
+    random = {"generator": torch.Generator().manual_seed(7)} if sampler in ("euler_ancestral", "lcm") else {}
     for timestep in scheduler.timesteps:
         eps = fake_unet(scheduler.scale_model_input(latents, timestep), float(timestep))
-        latents = scheduler.step(eps, timestep, latents, return_dict=False)[0]
+        latents = scheduler.step(eps, timestep, latents, return_dict=False, **random)[0]
     return latents
 
 
 def with_table(sampler: str, steps: int, config: dict[str, Any], noise: torch.Tensor) -> torch.Tensor:
     table = sampler_table(sampler, steps, config)
     sample, history = noise * table.initial_scale, torch.zeros_like(noise)
-    for timestep, (s, e, h, p, q) in zip(table.timesteps, table.coefficients, strict=True):
+    generator = torch.Generator().manual_seed(7)
+    for step, (timestep, (s, e, h, p, q)) in enumerate(zip(table.timesteps, table.coefficients, strict=True)):
         eps = fake_unet(sample, float(timestep))
-        sample, history = s * sample + e * eps + h * history, p * sample + q * eps
+        third = torch.randn(noise.shape, generator=generator) if step < table.noises else history
+        sample, history = s * sample + e * eps + h * third, p * sample + q * eps
     return sample
 
 
@@ -67,7 +80,11 @@ def assert_same(sampler: str, steps: int, config: dict[str, Any]) -> None:
     ],
 )
 def test_zoo_schedule(sampler: str, steps: int) -> None:
-    assert_same(sampler, steps, ZOO)
+    if sampler == "lcm" and steps > 50:
+        with pytest.raises(ValueError, match="steps is 61; accepted: 1 to 50, the model's original_inference_steps"):
+            sampler_table(sampler, steps, ZOO)
+    else:
+        assert_same(sampler, steps, ZOO)
 
 
 @settings(max_examples=40, deadline=None)
@@ -87,11 +104,39 @@ def test_zoo_schedule(sampler: str, steps: int) -> None:
 )
 def test_any_schedule(sampler: str, steps: int, **config: Any) -> None:
     schedule = {**ZOO, **config}
-    if not torch.isfinite(with_diffusers(sampler, steps, schedule, torch.ones(4))).all():
+    if sampler == "lcm":
+        steps = min(steps, 50)
+    if sampler == "euler_ancestral" and schedule["prediction_type"] == "sample":
+        with pytest.raises(ValueError, match="prediction_type is 'sample'"):  # which diffusers hasn't implemented
+            sampler_table(sampler, steps, schedule)
+    elif not torch.isfinite(with_diffusers(sampler, steps, schedule, torch.ones(4))).all():
         with pytest.raises(ValueError, match="divides by zero"):  # where diffusers gives NaN
             sampler_table(sampler, steps, schedule)
     else:
         assert_same(sampler, steps, schedule)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral", "dpmsolver++"])
+@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
+def test_spacing_of_the_candidate_stands_before_the_configs(sampler: str, timestep_spacing: str) -> None:
+    actual = sampler_table(sampler, 4, ZOO, timestep_spacing)
+    expected = sampler_table(sampler, 4, {**ZOO, "timestep_spacing": timestep_spacing})
+    np.testing.assert_array_equal(actual.timesteps, expected.timesteps)
+    np.testing.assert_array_equal(actual.coefficients, expected.coefficients)
+    same_as_config = np.array_equal(actual.timesteps, sampler_table(sampler, 4, ZOO).timesteps)
+    assert same_as_config == (timestep_spacing == "trailing")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "message"),
+    [
+        pytest.param("ddim", "even", "timestep_spacing is 'even'; accepted: leading, linspace, trailing", id="unknown"),
+        pytest.param("lcm", "trailing", "with sampler 'lcm'; accepted: none", id="LCM has its own"),
+    ],
+)
+def test_refuses_spacings(sampler: str, spacing: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampler_table(sampler, 4, ZOO, spacing)
 
 
 def test_denoised_is_diffusers_prediction_of_the_clean_latents() -> None:
@@ -115,7 +160,9 @@ def test_euler_scales_give_diffusers_latents_after_every_step() -> None:
 @pytest.mark.parametrize(
     ("sampler", "steps", "config", "message"),
     [
-        pytest.param("plms", 4, {}, "sampler is 'plms'; accepted: ddim, euler, dpmsolver++", id="unknown sampler"),
+        pytest.param(
+            "plms", 4, {}, "sampler is 'plms'; accepted: ddim, euler, euler_ancestral, dpmsolver++, lcm", id="unknown"
+        ),
         pytest.param("ddim", 0, {}, "steps is 0; accepted: 1 to 1000", id="no steps"),
         pytest.param("ddim", 1001, {}, "steps is 1001; accepted: 1 to 1000", id="more steps than timesteps"),
         pytest.param("ddim", 2.0, {}, "steps is 2.0", id="steps is a float"),
@@ -124,6 +171,9 @@ def test_euler_scales_give_diffusers_latents_after_every_step() -> None:
         pytest.param("euler", 4, {"prediction_type": "flow"}, "prediction_type is 'flow'", id="unknown prediction"),
         pytest.param("dpmsolver++", 4, {"solver_order": 3}, "solver_order is 3", id="third order"),
         pytest.param("dpmsolver++", 4, {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type", id="stochastic"),
+        pytest.param("lcm", 4, {"clip_sample": True}, "clip_sample is True", id="clipping in LCM"),
+        pytest.param("euler", 4, {"_class_name": "EDMEulerScheduler"}, "is of EDMEulerScheduler", id="EDM's schedule"),
+        pytest.param("ddim", 4, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is of FlowMatch", id="no betas"),
         pytest.param("dpmsolver++", 4, {"thresholding": True}, "thresholding is True", id="thresholding"),
         pytest.param(
             "dpmsolver++", 1000, {"timestep_spacing": "leading"}, "divides by zero", id="all timesteps the same"
