@@ -32,6 +32,7 @@ def record_inputs(
     seed: int = 0,
     device: torch.device | str | None = None,
     resolve_model: Callable[[str], Path] | None = None,
+    resolve_lora: Callable[[str], Path] | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> UNetInputs:
     """``rows`` of the inputs that the candidate's UNet is given over all steps of drawing ``prompts``.
@@ -51,7 +52,7 @@ def record_inputs(
     if candidate.quantization is not None:
         raise ValueError(f"candidate {candidate.name!r} is quantized; accepted: the one it was made from")
     plain = replace(candidate, engine="eager", precision="fp32")
-    executor = _RecordingExecutor(device, resolve_model)
+    executor = _RecordingExecutor(device, resolve_model, resolve_lora)
     executor.check(plain)
     rows_an_image = 2 if candidate.guidance_scale > 1 else 1
     wanted = spread_rows(candidate.steps, len(prompts) * rows_an_image, rows)
@@ -147,8 +148,15 @@ class _RecordingEngine:
 class _RecordingExecutor(Executor):
     """An executor whose engines are observed."""
 
-    def __init__(self, device: torch.device | str | None, resolve_model: Callable[[str], Path] | None) -> None:
-        super().__init__(max_batch=IMAGES_TOGETHER, device=device, resolve_model=resolve_model)
+    def __init__(
+        self,
+        device: torch.device | str | None,
+        resolve_model: Callable[[str], Path] | None,
+        resolve_lora: Callable[[str], Path] | None,
+    ) -> None:
+        super().__init__(
+            max_batch=IMAGES_TOGETHER, device=device, resolve_model=resolve_model, resolve_lora=resolve_lora
+        )
         self.recorder = _Recorder()
         self._observed: dict[int, _RecordingEngine] = {}
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 BUILT_IN = "emoji"
 CATALOG_FILE, COSTS_FILE, QUALITY_FILE = "catalog.toml", "costs.json", "quality.parquet"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_LORA = re.compile(rf"(?P<repository>{_HUB_ID.pattern})(?:/(?P<file>[\w./-]+\.safetensors))?")
+HUB_LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers and peft call a LoRA on the hub."""
 _HUB_FILES = ["*.json", "*.txt", "*.toml", "*.safetensors", "*.parquet", "*.model"]
 
 
@@ -112,6 +115,8 @@ class Catalog:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         for candidate in catalog.candidates:
+            if candidate.lora is not None and not _HUB_LORA.fullmatch(candidate.lora):
+                catalog.resolve_lora(candidate.lora)
             if not _HUB_ID.fullmatch(candidate.model) or (folder / candidate.model).is_dir():
                 catalog.resolve_model(candidate.model)
                 for part in ("unet", *(("vae",) if candidate.vae != OWN_VAE else ())):
@@ -183,6 +188,21 @@ class Catalog:
             )
         return self._from_hub(model)
 
+    def resolve_lora(self, lora: str) -> Path:
+        """The file of a candidate's ``lora``; one on the hub is downloaded, once."""
+        file = self.folder / lora
+        if file.is_file():
+            return file
+        found = _HUB_LORA.fullmatch(lora)
+        if found is None:
+            raise FileNotFoundError(
+                f"{self.folder / CATALOG_FILE}: lora is {lora!r}, but {file} is not a file; accepted: a .safetensors "
+                "file (relative to the catalog, or absolute), a hub id, or owner/name/file.safetensors on the hub"
+            )
+        if lora not in self._downloaded:
+            self._downloaded[lora] = _download(found["repository"], found["file"] or HUB_LORA_FILE)
+        return self._downloaded[lora]
+
     def _from_hub(self, repository: str) -> Path:
         # The hub would be asked whether there is something newer: that takes a while, and changes models in use.
         if repository not in self._downloaded:
@@ -244,6 +264,7 @@ class Catalog:
             candidates=tuple(
                 replace(
                     candidate, model=place(candidate.model),
+                    lora=None if candidate.lora is None else place(candidate.lora),
                     quantization=None if candidate.quantization is None else place(candidate.quantization),
                 )
                 for candidate in self.candidates
@@ -290,15 +311,19 @@ def _find_folder(source: str | os.PathLike[str]) -> Path:
     )
 
 
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(repository: str, file: str | None = None) -> Path:
+    """The folder of a repository of the hub, or one file of it."""
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        if file is not None:
+            return Path(hf_hub_download(repository, file))
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        text = f"{repository!r} is not a folder here and could not be had from the hub: {reason}"
+        what = f"{repository!r} is not a folder" if file is None else f"'{repository}/{file}' is not a file"
+        text = f"{what} here and could not be had from the hub: {reason}"
         raise FileNotFoundError(text) from None
 
 

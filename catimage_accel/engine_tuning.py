@@ -43,7 +43,8 @@ def tune_engines(
     how many pairs of engine and candidate are done.
     """
     executor = Executor(
-        max_batch=max(batch_sizes), device=device, resolve_model=catalog.resolve_model, fall_back=False
+        max_batch=max(batch_sizes), device=device, resolve_model=catalog.resolve_model,
+        resolve_lora=catalog.resolve_lora, fall_back=False
     )  # fmt: skip
     tuned = Tuned({}, {})
     able: dict[tuple[object, ...], list[Candidate]] = {}

@@ -69,6 +69,7 @@ def catalog_executor(
     """An executor for ``catalog``'s candidates, each with the engine measured fastest on ``device``."""
     return Executor(
         max_batch=max_batch, device=device, reproducible=reproducible, resolve_model=catalog.resolve_model,
+        resolve_lora=catalog.resolve_lora,
         rank_engines=lambda candidate: catalog.engines_for(candidate, profiled_device(device)),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,9 +27,10 @@ def list_candidates(
     rows: list[dict[str, Any]] = [
         {
             "name": candidate.name, "model": candidate.model, "unet": candidate.unet, "vae": candidate.vae,
-            "steps": candidate.steps, "sampler": candidate.sampler, "guidance_scale": candidate.guidance_scale,
-            "guidance_rescale": candidate.guidance_rescale, "engine": candidate.engine,
-            "precision": candidate.precision, "options": dict(candidate.options),
+            "lora": candidate.lora, "lora_scale": candidate.lora_scale, "steps": candidate.steps,
+            "sampler": candidate.sampler, "timestep_spacing": candidate.timestep_spacing,
+            "guidance_scale": candidate.guidance_scale, "guidance_rescale": candidate.guidance_rescale,
+            "engine": candidate.engine, "precision": candidate.precision, "options": dict(candidate.options),
             "gflop": loaded.flops[candidate.name] / 1e9 if candidate.name in loaded.flops else None,
             "quality": qualities.get(candidate.name),
             "milliseconds": _milliseconds(loaded.milliseconds, candidate),
@@ -66,9 +68,11 @@ def _description(row: dict[str, Any]) -> str:
     guidance = f"guidance {row['guidance_scale']:g}"
     if row["guidance_rescale"]:
         guidance += f" rescaled {row['guidance_rescale']:g}"
-    parts = [row["unet"], *([row["vae"]] if row["vae"] != OWN_VAE else []), row["precision"]]
+    sampler = row["sampler"] if row["timestep_spacing"] is None else f"{row['timestep_spacing']} {row['sampler']}"
+    lora = [] if row["lora"] is None else [f"LoRA {Path(row['lora']).name} x {row['lora_scale']:g}"]
+    parts = [row["unet"], *lora, *([row["vae"]] if row["vae"] != OWN_VAE else []), row["precision"]]
     options = [f"{key}={value}" for key, value in row["options"].items()]
-    return ", ".join([f"{row['steps']} steps of {row['sampler']}", guidance, *parts, *options])
+    return ", ".join([f"{row['steps']} steps of {sampler}", guidance, *parts, *options])
 
 
 def _times(device: str, rows: list[dict[str, Any]]) -> Table:

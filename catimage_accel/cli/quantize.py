@@ -104,21 +104,23 @@ def _quantized(
 
     from catimage_accel.calibration import record_inputs
     from catimage_accel.engines.loading import load_unet
+    from catimage_accel.engines.lora import unet_of
     from catimage_accel.quantize import UNetInputs, check_checkpoint, quantize_unet, weights_sha256
 
     first = candidates[0]
     model = catalog.resolve_model(first.model)
     check_checkpoint(model, first.unet)
+    source = unet_of(first, model, catalog.resolve_lora)
     with progress_bar() as progress:
         bar = progress.add_task(f"recording {first.unet}", total=len(candidates) * len(prompts))
         inputs = UNetInputs.joined([
             record_inputs(
                 one, prompts, rows, device=device, resolve_model=catalog.resolve_model,
-                advance=lambda images: progress.advance(bar, images),
+                resolve_lora=catalog.resolve_lora, advance=lambda images: progress.advance(bar, images),
             )
             for one in candidates
         ])  # fmt: skip
-        unet = load_unet(model, first.unet, torch.float32).to(device)
+        unet = load_unet(model, source, torch.float32).to(device)
         work = progress.add_task(f"quantizing {first.unet}", total=None)
         calibration = {
             "candidates": [one.name for one in candidates], "prompts": len(prompts),
@@ -126,18 +128,19 @@ def _quantized(
             "prompts_sha256": hashlib.sha256("\n".join(prompts).encode("utf-8", "surrogatepass")).hexdigest(),
         }  # fmt: skip
         return quantize_unet(
-            unet, inputs, source_sha256=weights_sha256(model, first.unet), calibration=calibration,
+            unet, inputs, source_sha256=weights_sha256(model, source), calibration=calibration,
             advance=lambda done, total: progress.update(work, completed=done, total=total), **options,
         )  # fmt: skip
 
 
 def _groups(catalog: Catalog, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     """The candidates by UNet."""
-    groups: dict[tuple[Path, str], list[Candidate]] = {}
+    groups: dict[tuple[Any, ...], list[Candidate]] = {}
     for one in candidates:
         if one.quantization is not None:
             raise ValueError(f"candidate {one.name!r} is quantized; accepted: the one it was made from")
-        groups.setdefault((catalog.resolve_model(one.model).resolve(), one.unet), []).append(one)
+        key = (catalog.resolve_model(one.model).resolve(), one.unet, one.lora, one.lora_scale)
+        groups.setdefault(key, []).append(one)
     return list(groups.values())
 
 
@@ -163,10 +166,15 @@ def _prompts(catalog: Catalog, file: Path | None, number: int) -> list[str]:
 
 
 def _folder_name(catalog: Catalog, candidate: Candidate, recipe: str) -> str:
-    """UNet-RECIPE, with the model's name before it where the catalog has several models."""
+    """UNet-RECIPE, with the model's name before it where the catalog has several models, and a LoRA's after it."""
     several = len({catalog.resolve_model(one.model).resolve() for one in catalog.candidates}) > 1
-    model = re.sub(r"[^A-Za-z0-9_.+-]+", "-", Path(candidate.model).name) + "-" if several else ""
-    return f"{model}{candidate.unet}-{recipe}"
+    model = _plain(Path(candidate.model).name) + "-" if several else ""
+    lora = "" if candidate.lora is None else f"-{_plain(Path(candidate.lora).stem)}-{candidate.lora_scale:g}"
+    return f"{model}{candidate.unet}{lora}-{recipe}"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", name)
 
 
 def _with(catalog: Catalog, added: Candidate, source: Candidate) -> Catalog:

@@ -133,13 +133,13 @@ def load_component(kind: Any, model: Path, part: str, dtype: torch.dtype) -> Any
     variant = _weight_variant(model / part, part)
     name = "dtype" if part in _TEXT_CLASSES else "torch_dtype"
     component = kind.from_pretrained(
-        str(model), subfolder=part, use_safetensors=True, local_files_only=True, variant=variant, **{name: dtype}
+        str(model / part), use_safetensors=True, local_files_only=True, variant=variant, **{name: dtype}
     )
     return component.eval().requires_grad_(False)
 
 
 def load_unet(model: Path, name: str, dtype: torch.dtype) -> Any:
-    """The UNet in a subfolder of ``model``: diffusers' own, or an EfficientUNet."""
+    """The UNet in a subfolder of ``model``, or at an absolute path: diffusers' own, or an EfficientUNet."""
     return load_component(model_class(model, name), model, name, dtype)
 
 

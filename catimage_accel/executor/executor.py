@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from catimage_accel.engines import Engine, LoadedEngines
+from catimage_accel.engines.lora import check_lora, unet_of
 from catimage_accel.executor.flight import Flight, OnStep
 from catimage_accel.executor.job import Finished, Job, check_guidance
 from catimage_accel.executor.samplers import SamplerTable, read_scheduler_config, sampler_table
@@ -46,6 +47,7 @@ class Executor:
         max_batch: int = 16,
         device: torch.device | str | None = None,
         resolve_model: Callable[[str], Path] | None = None,
+        resolve_lora: Callable[[str], Path] | None = None,
         rank_engines: Callable[[Candidate], Sequence[str]] | None = None,
         fall_back: bool = True,
         reproducible: bool = False,
@@ -56,6 +58,8 @@ class Executor:
             device: Where to run; None: CUDA where there is one, else the CPU.
             resolve_model: Turns a candidate's ``model`` into a folder, e.g. ``Catalog.resolve_model``; None takes it
                 for a path.
+            resolve_lora: Turns a candidate's ``lora`` into a file, e.g. ``Catalog.resolve_lora``; None takes it for a
+                path.
             rank_engines: The engines to try for a candidate, best first, e.g. ``Catalog.engines_for`` on this device;
                 None: the candidate's own, "eager" for "auto". One that can't run here is passed over with a warning.
             reproducible: Whether an image has the same bits whatever is drawn beside it, and not only up to rounding:
@@ -69,6 +73,7 @@ class Executor:
         self.reproducible = reproducible
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._resolve_model = resolve_model or Path
+        self._resolve_lora = resolve_lora or Path
         self._rank_engines = rank_engines or _own_engine
         self._engines = LoadedEngines(self.device, fall_back=fall_back)
         self._tables: dict[tuple[Path, str, int, str | None], SamplerTable] = {}
@@ -82,6 +87,8 @@ class Executor:
             model, candidate.unet, self._rank_engines(candidate), candidate.precision, self._quantization(candidate),
             candidate.vae,
         )  # fmt: skip
+        if candidate.lora is not None:
+            check_lora(self._resolve_lora(candidate.lora))
         check_guidance(candidate.guidance_scale)
         for option, value in candidate.options.items():
             if option != "deepcache_interval":
@@ -94,14 +101,15 @@ class Executor:
         """What draws the candidate, loaded on first use. Raises as :meth:`check` does, and for unreadable weights."""
         c = candidate
         key = (
-            c.model, c.unet, c.vae, c.engine, c.precision, c.quantization, c.sampler, c.steps, c.timestep_spacing,
+            *c.weights, c.vae, c.engine, c.sampler, c.steps, c.timestep_spacing,
             c.guidance_scale, repr(dict(c.options)),
         )  # fmt: skip
         if key not in self._prepared:
             self.check(candidate)
             model = self._resolve_model(candidate.model)
+            unet = unet_of(candidate, model, self._resolve_lora)
             engine = self._engines.get(
-                model, candidate.unet, self._rank_engines(candidate), candidate.precision,
+                model, unet, self._rank_engines(candidate), candidate.precision,
                 self._quantization(candidate), deepcache="deepcache_interval" in candidate.options, vae=candidate.vae,
             )  # fmt: skip
             self._prepared[key] = (engine, self._table(model, candidate))

@@ -170,7 +170,7 @@ def gpu_share(catalog: Catalog, group: list[Candidate], gpu_gb: float) -> float:
 
     An estimate: its safetensors files at the width of the precision, half as much again for what runs, and 2 GB.
     """
-    model, unet, precision, _ = group[0].weights
+    model, unet, precision, *_ = group[0].weights
     folder = catalog.resolve_model(model)
     parts = {unet, "text_encoder", "text_encoder_2", *(candidate.vae for candidate in group)}
     files = sum(file.stat().st_size for part in parts for file in (folder / part).glob("*.safetensors"))

@@ -98,6 +98,7 @@ def _jobs(
     device: torch.device,
 ) -> list[_Job]:  # fmt: skip
     """Each graph once an engine; candidates share UNets and decoders."""
+    from catimage_accel.engines.lora import unet_of
     from catimage_accel.engines.planning import components_of, shape_profile, target_device
 
     jobs: dict[_Job, None] = {}
@@ -108,9 +109,10 @@ def _jobs(
                 continue
             model = catalog.resolve_model(one.model).resolve()
             quantization = None if one.quantization is None else catalog.folder / one.quantization
-            profile = shape_profile(model, one.unet, rows or runtime.rows)
+            unet = unet_of(one, model, catalog.resolve_lora)
+            profile = shape_profile(model, unet, rows or runtime.rows)
             components = components_of(
-                model, one.unet, one.precision, quantization, target_device(engine, device),
+                model, unet, one.precision, quantization, target_device(engine, device),
                 deepcache=one.options.get("deepcache_interval", 1) > 1, vae=one.vae,
             )  # fmt: skip
             for component in components:
