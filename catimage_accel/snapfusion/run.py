@@ -15,7 +15,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from catimage_accel.catalog import BUILT_IN, built_in_folder
-from catimage_accel.engines.loading import latent_size, load_unet, load_vae, pixels_per_latent, read_config
+from catimage_accel.engines.loading import (
+    has_two_text_encoders,
+    latent_size,
+    load_unet,
+    load_vae,
+    pixels_per_latent,
+    read_config,
+)
 from catimage_accel.quantize.quantization import weights_sha256
 from catimage_accel.snapfusion.captioned import Captioned, PictureFolder
 from catimage_accel.snapfusion.conditioning import FrozenText
@@ -49,12 +56,17 @@ class Run:
 
     @cached_property
     def model(self) -> Path:
-        """The diffusers folder; FileNotFoundError if it is none."""
+        """The diffusers folder; FileNotFoundError if it is none, ValueError if it is of SDXL's layout."""
         folder = built_in_folder() / "model" if self.model_name == BUILT_IN else self.path.parent / self.model_name
         if not (folder / "scheduler" / "scheduler_config.json").is_file():
             raise FileNotFoundError(
                 f"{self.path}: model is {self.model_name!r}, but {folder} is no diffusers folder; accepted: one with "
                 f"unet, vae, text_encoder, tokenizer and scheduler, or {BUILT_IN!r}"
+            )
+        if has_two_text_encoders(folder):
+            raise ValueError(
+                f"{self.path}: model is {self.model_name!r}, which has two text encoders; accepted: models of Stable "
+                "Diffusion 1.x's and 2.x's layout"
             )
         return folder
 
