@@ -20,6 +20,7 @@ from catimage_accel.snapfusion.losses import (
 )
 from catimage_accel.snapfusion.recipes import FinetuneRecipe, GuidanceRecipe, StepsRecipe, read_recipe
 from catimage_accel.snapfusion.run import RESULT, Run
+from catimage_accel.snapfusion.schedule import NOISE, V
 from catimage_accel.training.loop import Trainer
 from catimage_accel.training.record import run_record
 
@@ -64,7 +65,7 @@ def distill_guidance(path: Path, work: Path, device: torch.device, steps: int | 
     """Teach recipe ``path``'s student to draw without guidance what its teacher draws with it; else as ``finetune``."""
     recipe = read_recipe(path, GuidanceRecipe)
     check_pictures(recipe.teacher_steps, recipe.student_steps, recipe.training.batch_size)
-    run = Run(path, work, device, recipe.model, recipe.training.precision_on(device))
+    run = Run(path, work, device, recipe.model, recipe.training.precision_on(device), (V, NOISE))
     student = run.unet(recipe.student)
     prompts = run.prompts(recipe.prompts, recipe.number, training=True)
     loss = GuidanceLoss(

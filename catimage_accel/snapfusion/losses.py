@@ -17,7 +17,7 @@ from catimage_accel.snapfusion.conditioning import FrozenText, with_dropout
 from catimage_accel.snapfusion.schedule import VelocitySchedule, clean_from, ddim_step
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(sample (n, C, h, w), timestep (n,), text (n, tokens, features)) -> v (n, C, h, w), float32."""
+"""(sample (n, C, h, w), timestep (n,), text (n, tokens, features)) -> v (n, C, h, w), float32; where told, noise."""
 
 
 def denoiser_of(unet: torch.nn.Module, dtype: torch.dtype) -> Denoiser:
@@ -142,8 +142,9 @@ class GuidanceLoss:
     No training pictures are needed: for each of ``batch_size / student_steps`` prompts the teacher draws one from fresh
     noise, in ``teacher_steps`` DDIM steps, guided by ``guidance_scale`` and rescaled as ``guided_step`` does, and the
     student is asked, at each of its ``student_steps`` timesteps on the teacher's way, for the v whose one step arrives
-    where the teacher does. The loss is the mean squared error of v. ``guidance_scale`` up to 1 is a teacher without
-    guidance. ``shape`` is that of one image's latents, (C, h, w).
+    where the teacher does. The loss is the mean squared error of v, also of UNets that predict noise: that of the noise
+    would all but forget the first steps, where an error of it moves the picture most. ``guidance_scale`` up to 1 is a
+    teacher without guidance. ``shape`` is that of one image's latents, (C, h, w).
     """
 
     prompts: Sequence[str]
@@ -167,7 +168,8 @@ class GuidanceLoss:
         text = self.text.encode([self.prompts[index] for index in chosen.tolist()])
         noise = torch.randn(pictures, *self.shape, generator=generator)
         noisy, timestep, target = self.way(noise.to(self._grid.device), text)
-        return F.mse_loss(student(noisy, timestep, text.repeat(self.student_steps, 1, 1)), target)
+        said = student(noisy, timestep, text.repeat(self.student_steps, 1, 1))
+        return F.mse_loss(self.schedule.velocity(noisy, said, timestep), target)
 
     @torch.no_grad()
     def way(self, noise: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +178,8 @@ class GuidanceLoss:
 
         def guided(sample: Tensor, timestep: Tensor) -> Tensor:
             scale, rescale = self.guidance_scale, self.guidance_rescale
-            return guided_prediction(self.teacher, sample, timestep, text, empty, scale, rescale)
+            said = guided_prediction(self.teacher, sample, timestep, text, empty, scale, rescale)
+            return self.schedule.velocity(sample, said, timestep)
 
         sample, found = noise, []
         for now, after in pairwise(self._grid.unsqueeze(1).expand(-1, len(noise))):
@@ -238,7 +241,7 @@ def stratified_timesteps(batch_size: int, timesteps: int, generator: torch.Gener
 def guided_velocity(
     model: Denoiser, sample: Tensor, timestep: Tensor, text: Tensor, empty: Tensor, scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Classifier-free guidance (arXiv 2207.12598): the guided v, and the conditional one.
+    """Classifier-free guidance (arXiv 2207.12598): the guided prediction, and the conditional one.
 
     ``empty`` is the text state that it leads away from, a row each; ``scale`` one number or one a row, (n, 1, 1, 1).
     """
@@ -250,7 +253,7 @@ def guided_velocity(
 def guided_prediction(
     model: Denoiser, sample: Tensor, timestep: Tensor, text: Tensor, empty: Tensor, scale: float, rescale: float = 0.0
 ) -> Tensor:
-    """The v that a sampler goes on with: guided, and rescaled as ``guided_step`` does; unguided for a scale up to 1."""
+    """What a sampler goes on with: guided, and rescaled as ``guided_step`` does; unguided for a scale up to 1."""
     if scale <= 1:
         return model(sample, timestep, text)
     velocity, conditional = guided_velocity(model, sample, timestep, text, empty, scale)

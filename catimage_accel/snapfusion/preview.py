@@ -51,9 +51,11 @@ class Preview:
         parts = []
         for sample, hidden in zip(self._noise.split(BATCH), self._hidden.split(BATCH), strict=True):
             for now, after in pairwise(grid):
-                velocity = guided_prediction(
-                    denoiser, sample, now.expand(len(sample)), hidden, self._text.empty(len(sample)), guidance_scale
+                timestep = now.expand(len(sample))
+                said = guided_prediction(
+                    denoiser, sample, timestep, hidden, self._text.empty(len(sample)), guidance_scale
                 )
+                velocity = self.schedule.velocity(sample, said, timestep)
                 sample = ddim_step(sample, velocity, self.schedule.rates(now), self.schedule.rates(after))
             parts.append(sample)
         return torch.cat(parts)

@@ -28,7 +28,7 @@ from catimage_accel.snapfusion.captioned import Captioned, PictureFolder
 from catimage_accel.snapfusion.conditioning import FrozenText
 from catimage_accel.snapfusion.preview import Preview
 from catimage_accel.snapfusion.recipes import RUN_PREFIX, Validation
-from catimage_accel.snapfusion.schedule import VelocitySchedule
+from catimage_accel.snapfusion.schedule import V, VelocitySchedule
 from catimage_accel.storage import write_atomic
 from catimage_accel.training.config import PRECISIONS
 from catimage_accel.training.record import RECORD_FILE
@@ -45,6 +45,8 @@ class Run:
     device: torch.device
     model_name: str
     precision: str
+    predicted: tuple[str, ...] = (V,)
+    """What the model's UNets may predict."""
 
     @property
     def folder(self) -> Path:
@@ -72,7 +74,7 @@ class Run:
 
     @cached_property
     def schedule(self) -> VelocitySchedule:
-        return VelocitySchedule.of_model(self.model, self.device)
+        return VelocitySchedule.of_model(self.model, self.device, self.predicted)
 
     @cached_property
     def text(self) -> FrozenText:
@@ -119,7 +121,7 @@ class Run:
 
         ValueError if it is none for this model, or needs more than a prompt.
         """
-        _ = self.schedule  # a model that does not predict v is told before anything is loaded
+        _ = self.schedule  # a model that predicts something else is told before anything is loaded
         unet = load_unet(*self.unet_folder(name), torch.float32).requires_grad_(True).train()
         channels = self.vae.config.latent_channels
         if unet.config.in_channels != channels or unet.config.out_channels != channels:

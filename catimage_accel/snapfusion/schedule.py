@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,38 +11,45 @@ from torch import Tensor
 
 from catimage_accel.executor.samplers import read_scheduler_config
 
+V, NOISE = "v_prediction", "epsilon"
 END = -1
 """The "timestep" after the last one: the end of sampling, where next to no noise is left."""
 
 
 @dataclass(frozen=True, eq=False)
 class VelocitySchedule:
-    """A v-prediction model's noise: ``sample = alpha * clean + sigma * noise``, ``v = alpha * noise - sigma * clean``.
+    """A model's noise: ``sample = alpha * clean + sigma * noise``, ``v = alpha * noise - sigma * clean``.
 
     ``alpha`` and ``sigma`` (timesteps + 1,) float32, by timestep, on the device of training; their last entry is that
-    of ``END``. v-prediction is Salimans and Ho's (arXiv 2202.00512).
+    of ``END``. v-prediction is Salimans and Ho's (arXiv 2202.00512). ``predicted`` is what the model's UNets predict,
+    v or noise ("epsilon").
     """
 
     alpha: Tensor
     sigma: Tensor
     config: dict[str, object]
+    predicted: str = V
 
     @classmethod
-    def of_model(cls, model: Path, device: torch.device | str = "cpu") -> VelocitySchedule:
-        """The schedule of a diffusers folder; ValueError if its models predict something other than v."""
+    def of_model(
+        cls, model: Path, device: torch.device | str = "cpu", accepted: Sequence[str] = (V,)
+    ) -> VelocitySchedule:
+        """The schedule of a diffusers folder; ValueError if its UNets predict none of ``accepted`` (v, "epsilon")."""
         from diffusers import DDIMScheduler
 
         config = read_scheduler_config(model)
-        predicted = config.get("prediction_type", "epsilon")
-        if predicted != "v_prediction":
+        predicted = str(config.get("prediction_type", NOISE))
+        if predicted not in accepted:
+            remedy = ""
+            if predicted == NOISE:
+                remedy = ". Fine-tune a copy that says v_prediction with `catimage distill finetune` first"
             raise ValueError(
-                f"{model / 'scheduler'}: prediction_type is {predicted!r}; accepted: v_prediction. Turn the model into "
-                "one with `catimage distill finetune` first, which writes a folder with such a scheduler"
+                f"{model / 'scheduler'}: prediction_type is {predicted!r}; accepted: {', '.join(accepted)}{remedy}"
             )
         scheduler = DDIMScheduler.from_config(config)
         cumulative = torch.cat([scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double().view(1)])
         alpha, sigma = cumulative.sqrt().float(), (1 - cumulative).sqrt().float()
-        return cls(alpha.to(device), sigma.to(device), config)
+        return cls(alpha.to(device), sigma.to(device), config, predicted)
 
     @property
     def timesteps(self) -> int:
@@ -51,6 +59,13 @@ class VelocitySchedule:
     def rates(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at ``timestep`` (n,), ``END`` included: float32 (n, 1, 1, 1)."""
         return self.alpha[timestep].view(-1, 1, 1, 1), self.sigma[timestep].view(-1, 1, 1, 1)
+
+    def velocity(self, sample: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """The v that ``prediction``, a UNet's output for ``sample`` at ``timestep`` (n,), stands for."""
+        if self.predicted == V:
+            return prediction
+        alpha, sigma = self.rates(timestep)
+        return (prediction - sigma * sample) / alpha
 
     def grid(self, steps: int) -> Tensor:
         """The timesteps that DDIM visits in ``steps`` steps, with ``END`` behind them: int64 (steps + 1,)."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -69,6 +70,24 @@ def test_guidance_is_taught_from_prompts_alone(recipe: Recipe, tmp_path: Path) -
     (tmp_path / "words.txt").write_text("a dog\ntwo cats\na wolf\n")
     with pytest.raises(ValueError, match="source = "):
         distill_guidance(path, tmp_path / "whole", CPU, steps=4)
+
+
+def test_guidance_is_taught_to_a_model_that_predicts_noise(recipe: Recipe, tmp_path: Path) -> None:
+    """As Stable Diffusion 1.5 does; the other methods want v."""
+    path = recipe("unguided", **UNGUIDED)
+    DDIMScheduler.from_pretrained(
+        tmp_path / "model", subfolder="scheduler", prediction_type="epsilon"
+    ).save_pretrained(tmp_path / "model" / "scheduler")  # fmt: skip
+    (tmp_path / "words.txt").write_text("a dog\ntwo cats\n")
+    found = distill_guidance(path, tmp_path / "work", CPU)
+    assert any(not torch.equal(value, weights(found)[name]) for name, value in weights(tmp_path / "model/unet").items())
+    pipe = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "model", unet=UNet2DConditionModel.from_pretrained(found), safety_checker=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert np.isfinite(pipe("a dog", num_inference_steps=2, guidance_scale=1.0, output_type="np").images).all()
+    with pytest.raises(ValueError, match="'epsilon'; accepted: v_prediction"):
+        finetune(recipe("v"), tmp_path / "work", CPU)
 
 
 def test_a_batch_of_half_pictures_is_told_before_anything_is_loaded(recipe: Recipe, tmp_path: Path) -> None:

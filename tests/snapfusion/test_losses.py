@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
 from catimage_accel.snapfusion.conditioning import FrozenText, with_dropout
-from catimage_accel.snapfusion.losses import DenoisingLoss, GuidanceLoss, StepLoss, denoiser_of
-from catimage_accel.snapfusion.schedule import END, VelocitySchedule, ddim_step
+from catimage_accel.snapfusion.losses import Denoiser, DenoisingLoss, GuidanceLoss, StepLoss, denoiser_of
+from catimage_accel.snapfusion.schedule import END, NOISE, V, VelocitySchedule, ddim_step
 
 
 class Noise:
@@ -225,17 +225,20 @@ def guidance(text: FrozenText, schedule: VelocitySchedule) -> GuidanceLoss:
     return GuidanceLoss(PROMPTS, text, schedule, bent, 4, 4, 8, (4, 16, 16), 4.5, 0.4)
 
 
+@pytest.mark.parametrize("predicted", [V, NOISE])
 @pytest.mark.parametrize("parts", [1, 2], ids=["step for step", "one for two"])
 @pytest.mark.parametrize(
     ("scale", "rescale"), [(4.5, 0.4), (4.5, 0.0), (1.0, 0.4)], ids=["rescaled", "guided", "no guidance"]
 )
 def test_a_student_that_has_learnt_it_arrives_where_diffusers_guided_pipeline_does(
-    guidance: GuidanceLoss, tiny_sd_folder: Path, parts: int, scale: float, rescale: float
+    guidance: GuidanceLoss, tiny_sd_folder: Path, predicted: str, parts: int, scale: float, rescale: float
 ) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=predicted)
     loss = dataclasses.replace(
-        guidance, teacher=denoiser_of(pipe.unet, torch.float32), teacher_steps=4 * parts, guidance_scale=scale,
+        guidance, schedule=dataclasses.replace(guidance.schedule, predicted=predicted),
+        teacher=denoiser_of(pipe.unet, torch.float32), teacher_steps=4 * parts, guidance_scale=scale,
         guidance_rescale=rescale,
     )  # fmt: skip
     noise = torch.randn(3, 4, 16, 16, generator=seeded())
@@ -270,6 +273,24 @@ def test_a_batch_asks_one_row_of_every_step_and_compares_v(guidance: GuidanceLos
     again, other = guidance(student, seeded(3)), guidance(student, seeded(4))
     assert torch.equal(value, again)
     assert not torch.equal(value, other)
+
+
+def test_a_student_that_predicts_noise_is_compared_by_its_v(guidance: GuidanceLoss) -> None:
+    """Teacher and student say the same as ``bent`` and as zeros do, in noise: the loss is the same."""
+
+    def as_noise(velocity: Denoiser) -> Denoiser:
+        def predict(sample: Tensor, timestep: Tensor, hidden: Tensor) -> Tensor:
+            alpha, sigma = guidance.schedule.rates(timestep)
+            return alpha * velocity(sample, timestep, hidden) + sigma * sample
+
+        return predict
+
+    noise = dataclasses.replace(guidance, schedule=dataclasses.replace(guidance.schedule, predicted=NOISE))
+    noise = dataclasses.replace(noise, teacher=as_noise(bent), guidance_rescale=0.0)
+    plain = dataclasses.replace(guidance, guidance_rescale=0.0)
+    expected = plain(lambda sample, *_: torch.zeros_like(sample), seeded(5))
+    said = noise(as_noise(lambda sample, *_: torch.zeros_like(sample)), seeded(5))
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_guided_teacher_learns_nothing(guidance: GuidanceLoss) -> None:

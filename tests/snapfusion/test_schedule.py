@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from catimage_accel.snapfusion.schedule import END, VelocitySchedule, clean_from, ddim_step
+from catimage_accel.snapfusion.schedule import END, NOISE, V, VelocitySchedule, clean_from, ddim_step
 
 
 @pytest.fixture(scope="module", params=["trailing", "leading"])
@@ -56,3 +56,16 @@ def test_a_model_that_predicts_noise_is_refused_with_the_remedy(tmp_path: Path) 
     DDIMScheduler(prediction_type="epsilon").save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ValueError, match=r"'epsilon'; accepted: v_prediction.*catimage distill finetune"):
         VelocitySchedule.of_model(tmp_path)
+    assert VelocitySchedule.of_model(tmp_path, accepted=(V, NOISE)).predicted == NOISE
+
+
+def test_noise_and_v_of_one_picture_are_one_velocity(tmp_path: Path) -> None:
+    DDIMScheduler(prediction_type="epsilon").save_pretrained(tmp_path / "scheduler")
+    schedule = VelocitySchedule.of_model(tmp_path, accepted=(NOISE,))
+    clean, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timestep = torch.tensor([999, 500, 3])
+    alpha, sigma = schedule.rates(timestep)
+    sample = alpha * clean + sigma * noise
+    torch.testing.assert_close(
+        schedule.velocity(sample, noise, timestep), alpha * noise - sigma * clean, rtol=1e-4, atol=1e-4
+    )
