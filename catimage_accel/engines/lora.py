@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from catimage_accel.candidate import Candidate
 from catimage_accel.engines.cache import EngineCache, EngineKey
@@ -50,7 +51,7 @@ def fused_unet(model: Path, unet: str, lora: Path, scale: float, cache: EngineCa
 
     def build(folder: Path) -> None:
         fused = _fused(model, unet, lora, scale)
-        fused.to(stored_dtype(model, unet)).save_pretrained(folder)
+        nn.Module.to(fused, stored_dtype(model, unet)).save_pretrained(folder)  # its own `to` warns of every change
         write_atomic(folder / FUSED_FILE, (json.dumps(source, indent=1) + "\n").encode())
 
     return (cache or EngineCache()).get_or_build(key, build).folder

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
 
 from catimage_accel.catalog import BUILT_IN, built_in_folder
 from catimage_accel.engines.loading import (
@@ -141,7 +142,9 @@ class Run:
 
     def frozen(self, name: str) -> UNet2DConditionModel:
         """The UNet as a teacher, in the run's precision."""
-        return self.unet(name).eval().requires_grad_(False).to(self.device, self.dtype)
+        unet = self.unet(name).eval().requires_grad_(False)
+        nn.Module.to(unet, self.device, self.dtype)  # diffusers' own warns of every change of type
+        return unet
 
     def digest(self, name: str) -> str:
         """Tells the weights of a UNet named by a recipe."""

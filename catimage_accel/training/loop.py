@@ -81,7 +81,8 @@ class Trainer:
         self.ema = [p.clone() for p in self.master]
         self.start_weight = start_weight
         self.start = [p.clone() for p in self.master] if start_weight > 0 else []
-        self.model = model.to(device, PRECISIONS[config.precision])
+        # Not the model's own ``to``: diffusers' warns of every change of type.
+        self.model = nn.Module.to(model, device, PRECISIONS[config.precision])
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = self._optimizers()
         self.step = 0
