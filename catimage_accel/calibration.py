@@ -55,7 +55,8 @@ def record_inputs(
     executor = _RecordingExecutor(device, resolve_model, resolve_lora)
     executor.check(plain)
     rows_an_image = 2 if candidate.guidance_scale > 1 else 1
-    wanted = spread_rows(candidate.steps, len(prompts) * rows_an_image, rows)
+    steps = len(executor.prepare(plain)[1])  # diffusers makes one more than asked for now and then
+    wanted = spread_rows(steps, len(prompts) * rows_an_image, rows)
     recorded: list[tuple[int, int, UNetInputs]] = []
     for start in range(0, len(prompts), IMAGES_TOGETHER):
         some = prompts[start : start + IMAGES_TOGETHER]

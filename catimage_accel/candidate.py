@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from catimage_accel.lora import AdaptedUNet, UNetPart
 from catimage_accel.storage import Strict, validated
 
 QUANTIZED_PRECISIONS = ("int8", "fp8")
@@ -93,6 +95,12 @@ class Candidate:
         object.__setattr__(self, "guidance_scale", float(fields.guidance_scale))
         object.__setattr__(self, "guidance_rescale", float(fields.guidance_rescale))
         object.__setattr__(self, "options", values["options"])
+
+    def unet_part(self, resolve_lora: Callable[[str], Path]) -> UNetPart:
+        """Which UNet of the model's folder draws; ``resolve_lora`` turns ``lora`` into a file."""
+        if self.lora is None:
+            return self.unet
+        return AdaptedUNet(self.unet, resolve_lora(self.lora), self.lora_scale)
 
     @property
     def weights(self) -> tuple[str, str, str, str | None, str | None, float]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,7 @@ from pydantic import Field
 
 from catimage_accel.candidate import LATER_FIELDS, OWN_VAE, Candidate, CandidateFields, Name
 from catimage_accel.costs import COST_NAMES, CostUnit, Milliseconds, ranked_engines
+from catimage_accel.hub import HUB_ID, LORA_FILE, download, download_file, download_model, hub_lora
 from catimage_accel.storage import (
     Strict,
     read_json,
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
 BUILT_IN = "emoji"
 CATALOG_FILE, COSTS_FILE, QUALITY_FILE = "catalog.toml", "costs.json", "quality.parquet"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_LORA = re.compile(rf"(?P<repository>{_HUB_ID.pattern})(?:/(?P<file>[\w./-]+\.safetensors))?")
-HUB_LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers and peft call a LoRA on the hub."""
-_HUB_FILES = ["*.json", "*.txt", "*.toml", "*.safetensors", "*.parquet", "*.model"]
 
 
 class _CatalogFields(Strict):
@@ -115,14 +110,14 @@ class Catalog:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         for candidate in catalog.candidates:
-            if candidate.lora is not None and not _HUB_LORA.fullmatch(candidate.lora):
+            if candidate.lora is not None and hub_lora(candidate.lora) is None:
                 catalog.resolve_lora(candidate.lora)
-            if not _HUB_ID.fullmatch(candidate.model) or (folder / candidate.model).is_dir():
+            if not HUB_ID.fullmatch(candidate.model) or (folder / candidate.model).is_dir():
                 catalog.resolve_model(candidate.model)
                 for part in ("unet", *(("vae",) if candidate.vae != OWN_VAE else ())):
                     name = getattr(candidate, part)
                     _require(folder / candidate.model / name / "config.json", path, candidate.name, part, name)
-        if catalog.judge is not None and (not _HUB_ID.fullmatch(catalog.judge) or (folder / catalog.judge).is_dir()):
+        if catalog.judge is not None and (not HUB_ID.fullmatch(catalog.judge) or (folder / catalog.judge).is_dir()):
             _require(folder / catalog.judge / "config.json", path, catalog.name, "judge", catalog.judge)
         return catalog
 
@@ -177,37 +172,45 @@ class Catalog:
         raise ValueError(f"candidate is {name!r}; catalog {self.name!r} has {names}")
 
     def resolve_model(self, model: str) -> Path:
-        """The folder of a candidate's ``model``; a hub id is downloaded (safetensors and text files only), once."""
+        """The folder of a candidate's ``model``; a hub id is downloaded (what is needed of it, no pickles), once."""
         folder = self.folder / model
         if folder.is_dir():
             return folder
-        if not _HUB_ID.fullmatch(model):
+        if not HUB_ID.fullmatch(model):
             raise FileNotFoundError(
                 f"{self.folder / CATALOG_FILE}: model is {model!r}, but {folder} is not a folder; "
                 "accepted: a diffusers folder (relative to the catalog, or absolute) or a hub id"
             )
-        return self._from_hub(model)
+        return self._from_hub(model, self._parts_of(model))
 
     def resolve_lora(self, lora: str) -> Path:
-        """The file of a candidate's ``lora``; one on the hub is downloaded, once."""
+        """The file of a candidate's ``lora``, or in the folder that it names; one on the hub is downloaded, once."""
         file = self.folder / lora
+        if file.is_dir():
+            file /= LORA_FILE
         if file.is_file():
             return file
-        found = _HUB_LORA.fullmatch(lora)
-        if found is None:
+        found = hub_lora(lora)
+        if found is None or file.parent.is_dir():
             raise FileNotFoundError(
                 f"{self.folder / CATALOG_FILE}: lora is {lora!r}, but {file} is not a file; accepted: a .safetensors "
                 "file (relative to the catalog, or absolute), a hub id, or owner/name/file.safetensors on the hub"
             )
         if lora not in self._downloaded:
-            self._downloaded[lora] = _download(found["repository"], found["file"] or HUB_LORA_FILE)
+            self._downloaded[lora] = download_file(*found)
         return self._downloaded[lora]
 
-    def _from_hub(self, repository: str) -> Path:
+    def _from_hub(self, repository: str, parts: Sequence[str] = ()) -> Path:
         # The hub would be asked whether there is something newer: that takes a while, and changes models in use.
         if repository not in self._downloaded:
-            self._downloaded[repository] = _download(repository)
+            self._downloaded[repository] = download_model(repository, parts) if parts else download(repository)
         return self._downloaded[repository]
+
+    def _parts_of(self, model: str) -> list[str]:
+        """The subfolders of ``model`` whose weights its candidates need."""
+        mine = [one for one in self.candidates if one.model == model]
+        own = {part for one in mine for part in (one.unet, one.vae)}
+        return sorted({"text_encoder", "text_encoder_2", OWN_VAE} | own)
 
     @property
     def judge_folder(self) -> Path:
@@ -215,7 +218,7 @@ class Catalog:
         if self.judge is None:
             raise ValueError(f"{self.folder / CATALOG_FILE}: judge is missing; name a CLIP folder or a hub id")
         folder = self.folder / self.judge
-        return self._from_hub(self.judge) if _HUB_ID.fullmatch(self.judge) and not folder.is_dir() else folder
+        return self._from_hub(self.judge) if HUB_ID.fullmatch(self.judge) and not folder.is_dir() else folder
 
     def quality_table(self) -> ScoreTable:
         """The measured scores, mean over seeds, in this catalog's metric; ValueError when a pair is missing."""
@@ -304,27 +307,11 @@ def _find_folder(source: str | os.PathLike[str]) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
-    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not folder.exists():
-        return _download(source)
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and not folder.exists():
+        return download(source)
     raise FileNotFoundError(
         f"catalog is {str(source)!r}, which is not a folder; accepted: a folder, a hub id, or {BUILT_IN!r}"
     )
-
-
-def _download(repository: str, file: str | None = None) -> Path:
-    """The folder of a repository of the hub, or one file of it."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        if file is not None:
-            return Path(hf_hub_download(repository, file))
-        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = f"{repository!r} is not a folder" if file is None else f"'{repository}/{file}' is not a file"
-        text = f"{what} here and could not be had from the hub: {reason}"
-        raise FileNotFoundError(text) from None
 
 
 def _require(file: Path, catalog: Path, owner: str, name: str, value: str) -> None:

@@ -17,7 +17,7 @@ import typer
 from catimage_accel.catalog import QUALITY_FILE, Candidate, Catalog
 from catimage_accel.cli.console import loading, progress_bar, results, say
 from catimage_accel.cli.files import read_prompts
-from catimage_accel.storage import CHECKSUMS_FILE, write_atomic
+from catimage_accel.storage import CHECKSUMS_FILE, file_sha256, write_atomic
 
 if TYPE_CHECKING:
     from catimage_accel.quantize import Quantization, QuantizationReport
@@ -104,13 +104,12 @@ def _quantized(
 
     from catimage_accel.calibration import record_inputs
     from catimage_accel.engines.loading import load_unet
-    from catimage_accel.engines.lora import unet_of
     from catimage_accel.quantize import UNetInputs, check_checkpoint, quantize_unet, weights_sha256
 
     first = candidates[0]
     model = catalog.resolve_model(first.model)
     check_checkpoint(model, first.unet)
-    source = unet_of(first, model, catalog.resolve_lora)
+    source = first.unet_part(catalog.resolve_lora)
     with progress_bar() as progress:
         bar = progress.add_task(f"recording {first.unet}", total=len(candidates) * len(prompts))
         inputs = UNetInputs.joined([
@@ -169,7 +168,10 @@ def _folder_name(catalog: Catalog, candidate: Candidate, recipe: str) -> str:
     """UNet-RECIPE, with the model's name before it where the catalog has several models, and a LoRA's after it."""
     several = len({catalog.resolve_model(one.model).resolve() for one in catalog.candidates}) > 1
     model = _plain(Path(candidate.model).name) + "-" if several else ""
-    lora = "" if candidate.lora is None else f"-{_plain(Path(candidate.lora).stem)}-{candidate.lora_scale:g}"
+    lora = ""
+    if candidate.lora is not None:
+        file = catalog.resolve_lora(candidate.lora)  # many are called alike
+        lora = f"-{_plain(file.stem)}-{file_sha256(file)[:8]}-{candidate.lora_scale:g}"
     return f"{model}{candidate.unet}{lora}-{recipe}"
 
 

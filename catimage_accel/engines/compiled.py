@@ -11,6 +11,7 @@ from catimage_accel.accelerate.compiled import DEFAULT, CompiledForward
 from catimage_accel.engines.deepcache import enter, inside, leave
 from catimage_accel.engines.eager import EagerEngine, SharedParts
 from catimage_accel.engines.unavailable import EngineUnavailable
+from catimage_accel.lora import UNetPart
 
 __all__ = ["CompiledEngine"]
 
@@ -30,7 +31,7 @@ class CompiledEngine(EagerEngine):
     def __init__(
         self,
         model: Path,
-        unet: str = "unet",
+        unet: UNetPart = "unet",
         precision: str = "fp32",
         device: torch.device | str = "cpu",
         shared: SharedParts | None = None,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from catimage_accel.candidate import OWN_VAE
 from catimage_accel.engines.loading import read_config
+from catimage_accel.lora import UNetPart
 from catimage_accel.quantize.quantization import Quantization, weights_sha256
 
 __all__ = ["COMPONENTS", "Component", "ShapeProfile"]
@@ -29,7 +30,7 @@ class Component:
 
     model: Path
     name: str
-    unet: str = "unet"
+    unet: UNetPart = "unet"
     precision: str = "fp32"
     quantization: Path | None = None
     vae: str = OWN_VAE
@@ -39,7 +40,7 @@ class Component:
             raise ValueError(f"component is {self.name!r}; accepted: {', '.join(COMPONENTS)}")
 
     @property
-    def part(self) -> str:
+    def part(self) -> UNetPart:
         """The subfolder of ``model`` that it is made from."""
         return self.vae if self.name == "vae_decoder" else self.unet
 

@@ -25,6 +25,7 @@ from catimage_accel.engines.loading import (
 from catimage_accel.engines.protocol import DeepFeatures, EncodedPrompt, KeyValue, TextBatch, TextState
 from catimage_accel.engines.text import CachedText
 from catimage_accel.engines.text_encoders import TextEncoders
+from catimage_accel.lora import UNetPart
 from catimage_accel.quantize.fake import fake_quantized
 
 __all__ = ["EagerEngine", "SharedParts"]
@@ -75,7 +76,7 @@ class EagerEngine:
     def __init__(
         self,
         model: Path,
-        unet: str = "unet",
+        unet: UNetPart = "unet",
         precision: str = "fp32",
         device: torch.device | str = "cpu",
         shared: SharedParts | None = None,

@@ -20,6 +20,7 @@ from catimage_accel.engines.planning import components_of
 from catimage_accel.engines.protocol import DeepFeatures, TextBatch, TextState
 from catimage_accel.engines.runner import Runner, Runtime
 from catimage_accel.engines.unavailable import EngineUnavailable, tell_once
+from catimage_accel.lora import UNetPart
 
 __all__ = ["GraphEngine"]
 
@@ -39,7 +40,7 @@ class GraphEngine:
         self,
         runtime: Runtime,
         model: Path,
-        unet: str = "unet",
+        unet: UNetPart = "unet",
         precision: str = "fp32",
         device: torch.device | str = "cpu",
         shared: SharedParts | None = None,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from catimage_accel.candidate import OWN_VAE, QUANTIZED_PRECISIONS
+from catimage_accel.lora import AdaptedUNet, UNetPart, check_lora, fuse
 
 __all__ = [
     "PRECISIONS", "check_model_folder", "check_precision", "has_two_text_encoders", "latent_size", "load_component",
@@ -19,7 +20,6 @@ __all__ = [
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_WEIGHTS = {"text_encoder": "model", "text_encoder_2": "model"}
 _TEXT_CLASSES = {"text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",)}
 _VAE_CLASSES = ("AutoencoderKL", "EfficientDecoderKL")
 _UNET_CLASSES = ("UNet2DConditionModel", "EfficientUNet")
@@ -44,13 +44,15 @@ def check_precision(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-def check_model_folder(model: Path, unet: str = "unet", vae: str = OWN_VAE) -> None:
+def check_model_folder(model: Path, unet: UNetPart = "unet", vae: str = OWN_VAE) -> None:
     """Raises FileNotFoundError or ValueError, one line, for a folder that no engine here can run.
 
     Looks at names and configs only: the parts are there, of the classes of Stable Diffusion 1.x and 2.x or of SDXL,
     their weights as safetensors; the UNet takes what the text encoders give. Another ``vae`` than the folder's own
-    takes latents of the same channels and makes pictures of the same size.
+    takes latents of the same channels and makes pictures of the same size. Errors of a LoRA are ``check_lora``'s.
     """
+    if isinstance(unet, AdaptedUNet):
+        check_lora(unet.lora)
     if not model.is_dir():
         raise FileNotFoundError(f"{model} is not a folder; accepted: a diffusers model folder")
     encoders = list(_TEXT_CLASSES)[: 1 + has_two_text_encoders(model)]
@@ -93,7 +95,7 @@ def has_two_text_encoders(model: Path) -> bool:
     return (model / "text_encoder_2").exists()
 
 
-def _check_added_conditions(model: Path, unet: str) -> None:
+def _check_added_conditions(model: Path, unet: UNetPart) -> None:
     """SDXL's UNet with two text encoders, others with one; a refiner, which starts from a picture, is neither."""
     path = model / unet / "config.json"
     config = read_config(path)
@@ -128,7 +130,7 @@ def _check_tokenizer(folder: Path) -> None:
         )
 
 
-def load_component(kind: Any, model: Path, part: str, dtype: torch.dtype) -> Any:
+def load_component(kind: Any, model: Path, part: UNetPart, dtype: torch.dtype) -> Any:
     """``kind.from_pretrained`` of one part of a folder: safetensors only, never the network; in eval mode."""
     variant = _weight_variant(model / part, part)
     name = "dtype" if part in _TEXT_CLASSES else "torch_dtype"
@@ -138,9 +140,12 @@ def load_component(kind: Any, model: Path, part: str, dtype: torch.dtype) -> Any
     return component.eval().requires_grad_(False)
 
 
-def load_unet(model: Path, name: str, dtype: torch.dtype) -> Any:
-    """The UNet in a subfolder of ``model``, or at an absolute path: diffusers' own, or an EfficientUNet."""
-    return load_component(model_class(model, name), model, name, dtype)
+def load_unet(model: Path, unet: UNetPart, dtype: torch.dtype) -> Any:
+    """The UNet in a subfolder of ``model``: diffusers' own, or an EfficientUNet; a LoRA is added to its weights."""
+    loaded = load_component(model_class(model, unet), model, unet, dtype)
+    if isinstance(unet, AdaptedUNet):
+        fuse(loaded, unet, xl=has_two_text_encoders(model))
+    return loaded
 
 
 def load_vae(model: Path, dtype: torch.dtype, name: str = OWN_VAE) -> Any:
@@ -148,7 +153,7 @@ def load_vae(model: Path, dtype: torch.dtype, name: str = OWN_VAE) -> Any:
     return load_component(model_class(model, name), model, name, dtype)
 
 
-def model_class(model: Path, part: str) -> Any:
+def model_class(model: Path, part: UNetPart) -> Any:
     """The class that the UNet or VAE in ``model/part`` is of; ValueError for one that is not known."""
     path = model / part / "config.json"
     found = read_config(path).get("_class_name")
@@ -187,9 +192,9 @@ def _latents_of(path: Path) -> tuple[int, int]:
     return config.get("latent_channels", 4), pixels_per_latent(config)
 
 
-def _weight_variant(folder: Path, part: str) -> str | None:
+def _weight_variant(folder: Path, part: UNetPart) -> str | None:
     """The variant ("fp16") of the folder's safetensors, None for plain ones; shards count by their index file."""
-    stem = _WEIGHTS.get(part, "diffusion_pytorch_model")
+    stem = "model" if part in _TEXT_CLASSES else "diffusion_pytorch_model"
     for variant in (None, "fp16"):
         infix = "" if variant is None else f".{variant}"
         if any((folder / name).is_file() for name in (

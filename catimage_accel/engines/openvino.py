@@ -17,7 +17,8 @@ from catimage_accel.engines.cache_entry import read_record
 from catimage_accel.engines.components import Component, ShapeProfile
 from catimage_accel.engines.machine import device_key, int8_weight_bits, os_key
 from catimage_accel.engines.onnx_export import FORMAT, MODEL_FILE, export
-from catimage_accel.engines.openvino_time import TIME, time_alone, without_time
+from catimage_accel.engines.openvino_time import EMBEDDED, time_alone, without_time
+from catimage_accel.engines.protocol import ADDED_CONDITIONS
 from catimage_accel.engines.unavailable import EngineUnavailable, why_missing
 
 __all__ = ["RUNTIMES", "OpenVINO", "OpenVINORunner"]
@@ -84,8 +85,10 @@ class OpenVINORunner:
                 self._requests[bucket] = model.create_infer_request()
             arrays = {name: _array(value, rows if bucket is None else bucket) for name, value in inputs.items()}
             if self._time is not None:
-                arrays[TIME] = self._time({name: arrays[name] for name in ("sample", "timestep")})[0]
-                del arrays["timestep"]
+                embedded = [name for name in EMBEDDED if name in arrays]
+                features = self._time({name: arrays[name] for name in self._time_inputs})
+                arrays |= {EMBEDDED[name]: features[place] for place, name in enumerate(embedded)}
+                arrays = {name: value for name, value in arrays.items() if name not in (*EMBEDDED, *ADDED_CONDITIONS)}
             # Inputs are read where they are. Outputs are OpenVINO's, overwritten by the next call: hence the copies.
             results = self._requests[bucket].infer(arrays, share_inputs=True, share_outputs=True)
         except _FAILURES as error:
@@ -156,11 +159,16 @@ class OpenVINORunner:
 
     @cached_property
     def _time(self) -> Any:
-        """What embeds the timestep, if that needs a model of its own: bfloat16 holds no timestep above 256."""
+        """What embeds the timestep and SDXL's sizes, if that needs a model of its own: bfloat16 holds no number above
+        256 whole."""
         if self._component.precision != "bf16" or self._component.name == "vae_decoder":
             return None
         config = {**self._config, "INFERENCE_PRECISION_HINT": "f32"}
         return _core().compile_model(time_alone(_core().read_model(self._weights.folder / _IR_FILE)), "CPU", config)
+
+    @cached_property
+    def _time_inputs(self) -> set[str]:
+        return {value.get_any_name() for value in self._time.inputs}
 
     @property
     def _weights(self) -> CacheEntry:

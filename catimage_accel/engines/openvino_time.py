@@ -1,42 +1,53 @@
-"""The embedding of the timestep apart from the UNet, so that it is computed in float32 when the UNet is not."""
+"""The embedding of the timestep, and of SDXL's sizes, apart from the UNet: in float32 when the UNet is not."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from catimage_accel.engines.protocol import ADDED_CONDITIONS
 from catimage_accel.engines.unavailable import EngineUnavailable
 
-__all__ = ["TIME", "time_alone", "without_time"]
+__all__ = ["EMBEDDED", "time_alone", "without_time"]
 
-TIME = "time_features"
+EMBEDDED = {"timestep": "time_features", "time_ids": "added_features"}
+"""Inputs whose sines are taken -> the name of what goes into a matrix in their place."""
+_OTHERS = ("sample", *ADDED_CONDITIONS)  # which the sines are counted or put together with
 
 
 def time_alone(model: Any) -> Any:
-    """Of an ``openvino.Model`` with inputs sample and timestep: the part before the first matrix of the timestep."""
+    """Of a UNet's ``openvino.Model``: the parts before the first matrix of each embedding, in ``EMBEDDED``'s order."""
     import openvino
 
-    source = _first_matrix(model).get_source_output()
-    parameters = [one for one in model.get_parameters() if _names(one) & {"sample", "timestep"}]
-    return openvino.Model([source], parameters, "time")
+    sources = [_first_matrix(model, name).get_source_output() for name in _embedded(model)]
+    parameters = [one for one in model.get_parameters() if _names(one) & {*EMBEDDED, *_OTHERS}]
+    return openvino.Model(sources, parameters, "time")
 
 
 def without_time(model: Any) -> Any:
-    """The same model with that part's result as the input ``TIME`` instead of the timestep; changes ``model``."""
+    """The same model with those parts' results as the inputs named in ``EMBEDDED``; changes ``model``."""
     import openvino
     from openvino import opset13
 
-    matrix = _first_matrix(model)
-    features = opset13.parameter(matrix.get_partial_shape(), openvino.Type.f32, TIME)
-    features.output(0).set_names({TIME})
-    matrix.replace_source_output(features.output(0))
-    parameters = [one for one in model.get_parameters() if "timestep" not in _names(one)]
-    return openvino.Model(model.get_results(), [*parameters, features], "without time")
+    matrices = {name: _first_matrix(model, name) for name in _embedded(model)}
+    added = []
+    for name, matrix in matrices.items():
+        features = opset13.parameter(matrix.get_partial_shape(), openvino.Type.f32, EMBEDDED[name])
+        features.output(0).set_names({EMBEDDED[name]})
+        matrix.replace_source_output(features.output(0))
+        added.append(features)
+    parameters = [one for one in model.get_parameters() if not _names(one) & {*EMBEDDED, *ADDED_CONDITIONS}]
+    return openvino.Model(model.get_results(), [*parameters, *added], "without time")
 
 
-def _first_matrix(model: Any) -> Any:
-    """The input of a multiplication by weights that the timestep goes into."""
-    [timestep] = [one for one in model.get_parameters() if "timestep" in _names(one)]
-    found, seen, reached = [], set(), [timestep]
+def _embedded(model: Any) -> list[str]:
+    known = {name for one in model.get_parameters() for name in _names(one)}
+    return [name for name in EMBEDDED if name in known]
+
+
+def _first_matrix(model: Any, name: str) -> Any:
+    """The input of a multiplication by weights that the model's input ``name`` goes into."""
+    [parameter] = [one for one in model.get_parameters() if name in _names(one)]
+    found, seen, reached = [], set(), [parameter]
     while reached:
         node = reached.pop()
         for target in (target for output in node.outputs() for target in output.get_target_inputs()):
@@ -48,7 +59,7 @@ def _first_matrix(model: Any) -> Any:
                 reached.append(reader)
     if len(found) != 1:
         raise EngineUnavailable(
-            f"openvino has no bfloat16 for this UNet: its timestep goes into {len(found)} matrices, not 1; use 'fp32'"
+            f"openvino has no bfloat16 for this UNet: its {name} goes into {len(found)} matrices, not 1; use 'fp32'"
         )
     return found[0]
 

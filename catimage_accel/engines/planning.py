@@ -11,6 +11,7 @@ from catimage_accel.candidate import OWN_VAE
 from catimage_accel.engines.components import Component, ShapeProfile
 from catimage_accel.engines.loading import PRECISIONS, check_model_folder, check_precision, latent_size, read_config
 from catimage_accel.engines.text_encoders import text_widths
+from catimage_accel.lora import UNetPart
 
 __all__ = ["components_of", "shape_profile", "target_device"]
 
@@ -23,7 +24,7 @@ def target_device(engine: str, device: torch.device) -> torch.device:
 
 
 def components_of(
-    model: Path, unet: str, precision: str, quantization: Path | None, target: torch.device, *, deepcache: bool,
+    model: Path, unet: UNetPart, precision: str, quantization: Path | None, target: torch.device, *, deepcache: bool,
     vae: str = OWN_VAE,
 ) -> list[Component]:  # fmt: skip
     """The UNet, with DeepCache its two parts as well, and the decoder of ``vae``, in the precisions that they have on
@@ -44,7 +45,7 @@ def components_of(
     ]
 
 
-def shape_profile(model: Path, unet: str, rows: Sequence[int]) -> ShapeProfile:
+def shape_profile(model: Path, unet: UNetPart, rows: Sequence[int]) -> ShapeProfile:
     """Batches of ``rows`` at the size that the UNet was trained on, with its text encoders' number of tokens."""
     from transformers import CLIPTokenizer
 

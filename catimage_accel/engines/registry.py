@@ -17,6 +17,7 @@ from catimage_accel.engines.loading import check_model_folder, check_precision
 from catimage_accel.engines.protocol import Engine
 from catimage_accel.engines.runner import Runtime
 from catimage_accel.engines.unavailable import EngineUnavailable, tell_once
+from catimage_accel.lora import UNetPart
 from catimage_accel.quantize.quantization import Quantization
 
 __all__ = ["ENGINES", "LoadedEngines", "find_runtime", "precisions_of"]
@@ -70,7 +71,7 @@ class LoadedEngines:
         self._shared: dict[tuple[Path, torch.dtype], SharedParts] = {}
 
     def check(
-        self, model: Path, unet: str, engines: Sequence[str], precision: str, quantization: Path | None = None,
+        self, model: Path, unet: UNetPart, engines: Sequence[str], precision: str, quantization: Path | None = None,
         vae: str = OWN_VAE,
     ) -> None:  # fmt: skip
         """Raises what :meth:`get` would, as far as that can be known without reading weights.
@@ -95,7 +96,7 @@ class LoadedEngines:
     def get(
         self,
         model: Path,
-        unet: str = "unet",
+        unet: UNetPart = "unet",
         engines: Sequence[str] = (LAST,),
         precision: str = "fp32",
         quantization: Path | None = None,
@@ -124,7 +125,7 @@ class LoadedEngines:
         raise AssertionError("the last engine either works or raises")
 
     def _get(
-        self, engine: str, model: Path, unet: str, precision: str, quantization: Path | None, deepcache: bool
+        self, engine: str, model: Path, unet: UNetPart, precision: str, quantization: Path | None, deepcache: bool
     ) -> Engine:
         key = (engine, model, unet, precision, quantization)
         for part in (key, (*key, "deepcache")):
@@ -145,7 +146,7 @@ class LoadedEngines:
                 raise
         return loaded
 
-    def _load(self, engine: str, model: Path, unet: str, precision: str, quantization: Path | None) -> Engine:
+    def _load(self, engine: str, model: Path, unet: UNetPart, precision: str, quantization: Path | None) -> Engine:
         # Looked at before the shared parts are read, which take longer.
         kind = find_runtime(engine) if engine in _RUNTIMES else _in_torch(engine)
         if (reason := kind.why_not(self.device)) is not None:

@@ -11,6 +11,7 @@ from catimage_accel.engines.int8.choice import LayerChoice
 from catimage_accel.engines.int8.swap import swap_layers
 from catimage_accel.engines.unavailable import EngineUnavailable
 from catimage_accel.kernels.dispatch import TRITON_INSTALLED
+from catimage_accel.lora import UNetPart
 from catimage_accel.quantize.quantization import Quantization
 
 __all__ = ["TritonInt8Engine"]
@@ -36,7 +37,7 @@ class TritonInt8Engine(EagerEngine):
     def __init__(
         self,
         model: Path,
-        unet: str = "unet",
+        unet: UNetPart = "unet",
         precision: str = "int8",
         device: torch.device | str = "cpu",
         shared: SharedParts | None = None,

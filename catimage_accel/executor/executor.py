@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from catimage_accel.engines import Engine, LoadedEngines
-from catimage_accel.engines.lora import check_lora, unet_of
 from catimage_accel.executor.flight import Flight, OnStep
 from catimage_accel.executor.job import Finished, Job, check_guidance
 from catimage_accel.executor.samplers import SamplerTable, read_scheduler_config, sampler_table
 
 if TYPE_CHECKING:
     from catimage_accel.candidate import Candidate
+    from catimage_accel.lora import UNetPart
 
 __all__ = ["Executor"]
 
@@ -84,11 +84,9 @@ class Executor:
         """Raises ValueError or FileNotFoundError for a candidate that can't be drawn; reads configs, no weights."""
         model = self._resolve_model(candidate.model)
         self._engines.check(
-            model, candidate.unet, self._rank_engines(candidate), candidate.precision, self._quantization(candidate),
-            candidate.vae,
+            model, self._unet(candidate), self._rank_engines(candidate), candidate.precision,
+            self._quantization(candidate), candidate.vae,
         )  # fmt: skip
-        if candidate.lora is not None:
-            check_lora(self._resolve_lora(candidate.lora))
         check_guidance(candidate.guidance_scale)
         for option, value in candidate.options.items():
             if option != "deepcache_interval":
@@ -107,9 +105,8 @@ class Executor:
         if key not in self._prepared:
             self.check(candidate)
             model = self._resolve_model(candidate.model)
-            unet = unet_of(candidate, model, self._resolve_lora)
             engine = self._engines.get(
-                model, unet, self._rank_engines(candidate), candidate.precision,
+                model, self._unet(candidate), self._rank_engines(candidate), candidate.precision,
                 self._quantization(candidate), deepcache="deepcache_interval" in candidate.options, vae=candidate.vae,
             )  # fmt: skip
             self._prepared[key] = (engine, self._table(model, candidate))
@@ -148,6 +145,9 @@ class Executor:
     def lower_batch_limit(self, engine: Engine, shape: torch.Size, limit: int) -> None:
         """Remembers that no more than ``limit`` images fit into the memory, for all that follows."""
         self._batch_limits[id(engine), shape] = limit
+
+    def _unet(self, candidate: Candidate) -> UNetPart:
+        return candidate.unet_part(self._resolve_lora)
 
     def _quantization(self, candidate: Candidate) -> Path | None:
         return None if candidate.quantization is None else self._resolve_model(candidate.quantization)

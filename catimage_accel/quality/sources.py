@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from catimage_accel.hub import HUB_ID, download
+
 if TYPE_CHECKING:
     import torch
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
 
 def model_folder(source: str | Path, accepted: str, files: Sequence[str]) -> Path:
     """The folder ``source``, or the hub repository of that id brought into the hub's cache.
@@ -25,16 +23,10 @@ def model_folder(source: str | Path, accepted: str, files: Sequence[str]) -> Pat
         return Path(source)
     if not isinstance(source, str) or not HUB_ID.fullmatch(source) or Path(source).exists():
         raise FileNotFoundError(f"no folder {source}, expected {accepted}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        return Path(snapshot_download(source, allow_patterns=list(files)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"no folder {source}, and it could not be had from the hub: {reason}; expected {accepted}"
-        ) from None
+        return download(source, files)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; expected {accepted}") from None
 
 
 def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:

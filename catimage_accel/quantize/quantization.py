@@ -15,13 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from catimage_accel.lora import AdaptedUNet, UNetPart
 from catimage_accel.storage import Strict, file_sha256, read_json, validated, write_atomic
 
 __all__ = ["LayerQuantization", "Quantization", "check_checkpoint", "weights_sha256"]
 
 JSON_NAME, SCALES_NAME = "quantization.json", "scales.safetensors"
-FUSED_FILE = "fused.json"
-"""What a UNet that a LoRA was fused into was made from, beside its weights."""
 FORMAT_VERSION = 1
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -159,7 +158,7 @@ class Quantization:
             fields.format, fields.recipe, layers, fields.kept, fields.source_sha256, fields.calibration, fields.errors
         )
 
-    def check_source(self, model: Path, unet: str = "unet") -> None:
+    def check_source(self, model: Path, unet: UNetPart = "unet") -> None:
         """ValueError unless the weights of ``model/unet`` are those this was made from."""
         found = weights_sha256(model, unet)
         if found != self.source_sha256:
@@ -169,28 +168,14 @@ class Quantization:
             )
 
 
-def weights_sha256(model: Path, unet: str = "unet") -> str:
+def weights_sha256(model: Path, unet: UNetPart = "unet") -> str:
     """SHA-256 of the safetensors file of ``model/unet``; with several shards, of their digests in the order of names.
 
-    Of a UNet that a LoRA was fused into, of what it was made from instead: the sum's last bits are the machine's.
-    FileNotFoundError if there is none.
+    With a LoRA, of these and what is added to them. FileNotFoundError if there is none.
     """
-    if (fused := model / unet / FUSED_FILE).is_file():
-        return file_sha256(fused)
     digests = [_file_sha256(path) for path in _weight_files(model / unet)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def stored_dtype(model: Path, unet: str = "unet") -> torch.dtype:
-    """The type of the weights in the safetensors of ``model/unet``; float32 where they are of several."""
-    import safetensors
-
-    kinds = set()
-    for path in _weight_files(model / unet):
-        with safetensors.safe_open(path, "pt") as file:
-            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    sixteen_bits = {"F16": torch.float16, "BF16": torch.bfloat16}
-    return next((dtype for kind, dtype in sixteen_bits.items() if kinds == {kind}), torch.float32)
+    found = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return unet.sha256(found) if isinstance(unet, AdaptedUNet) else found
 
 
 def check_checkpoint(model: Path, unet: str = "unet") -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from tiny_unets import unet_inputs
 
 from catimage_accel.engines import EngineUnavailable
@@ -174,3 +176,38 @@ def test_a_record_that_goes_while_it_is_read_is_told_as_what_eager_can_replace(
     monkeypatch.setattr("catimage_accel.engines.openvino.read_record", gone)
     with pytest.raises(EngineUnavailable, match=f"openvino can't run the unet: {error}; use engine 'onnxruntime'"):
         run(runner(tiny_sd_folder, cache), *unet_inputs(2))
+
+
+def test_bf16_holds_sdxls_sizes_as_torchs_does(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
+    """The sines of sizes of a thousand and more, taken in bfloat16, would be those of other sizes."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sdxl_folder, folder)
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel.from_config(
+        {**config, "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 20 + 6 * 256}
+    ).eval()  # as many features a size as SDXL has
+    with torch.no_grad():
+        for layer in (unet.add_embedding.linear_1, unet.add_embedding.linear_2):
+            layer.weight *= 3  # so that the sizes matter
+    unet.save_pretrained(folder / "unet")
+    try:
+        one = OpenVINO().runner(
+            Component(folder, "unet", precision="bf16"), ShapeProfile((2,), 16, 16, 24, 80),
+            EngineCache(tmp_path / "cache"), torch.device("cpu"),
+        )  # fmt: skip
+    except EngineUnavailable as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    sample, text = (torch.randn(shape, generator=generator) for shape in ((2, 4, 16, 16), (2, 24, 80)))
+    timestep, pooled = torch.tensor([997.3, 1.0]), torch.randn(2, 20, generator=generator)
+    half = copy.deepcopy(unet).to(torch.bfloat16)
+    for size in ((1024, 1024), (768, 1344)):
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[*size, 0, 0, *size]] * 2, dtype=torch.float32)}
+        given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": text, **added}
+        with torch.no_grad():
+            expected = unet(sample, timestep, text, added_cond_kwargs=added).sample
+            halved = {"text_embeds": pooled.bfloat16(), "time_ids": added["time_ids"]}
+            theirs = half(sample.bfloat16(), timestep, text.bfloat16(), added_cond_kwargs=halved).sample.float()
+        ours = one(given)["noise"]
+        assert 0 < (ours - expected).norm() < 1.25 * (theirs - expected).norm()

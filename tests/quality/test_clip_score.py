@@ -104,7 +104,7 @@ def test_a_folder_wins_over_the_hub(
     [
         pytest.param(Path("owner/clip"), "no folder owner/clip, expected a transformers CLIP model", id="a-path"),
         pytest.param("./owner/clip", "no folder ./owner/clip, expected a transformers", id="no-hub-id"),
-        pytest.param("owner/clip", "no folder owner/clip, and it could not be had from the hub", id="not-in-reach"),
+        pytest.param("owner/clip", "'owner/clip' is not a folder here and could not be had from", id="not-in-reach"),
     ],
 )
 def test_a_model_that_is_not_there_is_named(hub: Path, model: str | Path, text: str) -> None:

@@ -98,7 +98,6 @@ def _jobs(
     device: torch.device,
 ) -> list[_Job]:  # fmt: skip
     """Each graph once an engine; candidates share UNets and decoders."""
-    from catimage_accel.engines.lora import unet_of
     from catimage_accel.engines.planning import components_of, shape_profile, target_device
 
     jobs: dict[_Job, None] = {}
@@ -109,7 +108,7 @@ def _jobs(
                 continue
             model = catalog.resolve_model(one.model).resolve()
             quantization = None if one.quantization is None else catalog.folder / one.quantization
-            unet = unet_of(one, model, catalog.resolve_lora)
+            unet = one.unet_part(catalog.resolve_lora)
             profile = shape_profile(model, unet, rows or runtime.rows)
             components = components_of(
                 model, unet, one.precision, quantization, target_device(engine, device),
@@ -133,7 +132,7 @@ def _build(runtime: Runtime, job: _Job, cache: EngineCache, device: torch.device
 def _described(job: _Job, entry: CacheEntry, built: bool) -> dict[str, Any]:
     from catimage_accel.engines.tensorrt.layers import LayerTable
 
-    where = job.component.part
+    where = str(job.component.part)
     described = {
         "engine": job.engine, "component": entry.key.component, "part": where, "precision": entry.key.precision,
         "profile": entry.key.profile, "bytes": entry.bytes, "seconds": round(entry.build_seconds, 2),

@@ -14,28 +14,32 @@ import safetensors.torch
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from typer.testing import CliRunner
 
 from catimage_accel import Catalog
 from catimage_accel.candidate import Candidate
+from catimage_accel.cli import app
 from catimage_accel.engines.cache import EngineCache
 from catimage_accel.engines.loading import load_unet
-from catimage_accel.engines.lora import fused_unet
 from catimage_accel.executor import Executor, Job
+from catimage_accel.lora import AdaptedUNet
 from catimage_accel.quantize.quantization import weights_sha256
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "conv1", "time_emb_proj"]
 
 
-def save_lora(model: Path, file: Path, *, seed: int = 0, rank: int = 2) -> Path:
-    """A random LoRA of ``model``'s UNet, as diffusers saves it, with an effect that shows."""
+def save_lora(model: Path, file: Path, *, seed: int = 0, **config: Any) -> Path:
+    """A random LoRA of ``model``'s UNet, as diffusers' training scripts save it, with an effect that shows."""
     torch.manual_seed(seed)
     unet = load_unet(model, "unet", torch.float32)
-    unet.add_adapter(LoraConfig(r=rank, target_modules=TARGETS, init_lora_weights=False))
+    unet.add_adapter(LoraConfig(**{"r": 2, "target_modules": TARGETS, "init_lora_weights": False} | config))
     StableDiffusionXLLoraLoaderMixin.save_lora_weights(
-        file.parent, unet_lora_layers=get_peft_model_state_dict(unet), weight_name=file.name
-    )
+        file.parent, unet_lora_layers=get_peft_model_state_dict(unet), weight_name=file.name,
+        **_collate_lora_metadata({"unet": unet}),
+    )  # fmt: skip
     return file
 
 
@@ -89,6 +93,22 @@ def with_diffusers(kind: Any, model: Path, lora: Path | None, scale: float, *, s
     ).images[0]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"lora_alpha": 8}, id="alpha other than the rank, as the file's header tells"),
+        pytest.param({"r": 4, "lora_alpha": 1, "rank_pattern": {"conv1": 2}}, id="ranks by layer"),
+        pytest.param({"r": 4, "lora_alpha": 4, "use_rslora": True}, id="scaled by the rank's root"),
+        pytest.param({"use_dora": True, "target_modules": ["to_q", "to_v"]}, id="DoRA"),
+    ],
+)
+def test_how_it_was_trained_is_read_from_the_file(tiny_sd_folder: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    file = save_lora(tiny_sd_folder, tmp_path / "lora.safetensors", **config)
+    [latents] = draw([Candidate("one", str(tiny_sd_folder), 4, "lcm", 2.0, lora=str(file), lora_scale=0.6)])
+    expected = with_diffusers(StableDiffusionPipeline, tiny_sd_folder, file, 0.6, steps=4, guidance=2.0)
+    torch.testing.assert_close(latents, expected, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("scale", [1.0, -0.6])
 @pytest.mark.parametrize("named", [pytest.param(lambda file: file, id="diffusers' names"), kohya])
 @pytest.mark.parametrize(
@@ -120,36 +140,29 @@ def test_every_engine_draws_with_it(tiny_sd_folder: Path, lora: Path) -> None:
         torch.testing.assert_close(other, expected, atol=1e-3, rtol=0)
 
 
-def test_a_fused_unet_is_made_once_and_of_what_it_says(tiny_sd_folder: Path, lora: Path, own_cache: Path) -> None:
-    cache = EngineCache(own_cache)
-    first = fused_unet(tiny_sd_folder, "unet", lora, 1.0, cache)
-    stamp = (first / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
-    assert fused_unet(tiny_sd_folder, "unet", lora, 1.0, cache) == first
-    assert (first / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == stamp
-    half = fused_unet(tiny_sd_folder, "unet", lora, 0.5, cache)
-    other = fused_unet(tiny_sd_folder, "unet", save_lora(tiny_sd_folder, lora, seed=1), 1.0, cache)
-    assert len({first, half, other}) == 3
-    digests = [weights_sha256(tiny_sd_folder, str(folder)) for folder in (first, half, other)]
-    assert len({*digests, weights_sha256(tiny_sd_folder)}) == 4
+def test_every_lora_and_scale_makes_other_weights(tiny_sd_folder: Path, lora: Path) -> None:
+    made = [AdaptedUNet("unet", lora), AdaptedUNet("unet", lora, 0.5)]
+    digests = [weights_sha256(tiny_sd_folder, one) for one in (*made, "unet")]
+    save_lora(tiny_sd_folder, lora, seed=1)
+    assert len({*digests, weights_sha256(tiny_sd_folder, made[0])}) == 4
 
 
-def test_the_digest_is_of_the_sources(tiny_sd_folder: Path, lora: Path, tmp_path: Path) -> None:
-    """Another machine's sum may differ in the last bit, and a quantization made there must still be this UNet's."""
-    made = [fused_unet(tiny_sd_folder, "unet", lora, 1.0, EngineCache(tmp_path / name)) for name in ("here", "there")]
-    weights = made[1] / "diffusion_pytorch_model.safetensors"
-    changed = {name: value + 1e-7 for name, value in safetensors.torch.load_file(weights).items()}
-    safetensors.torch.save_file(changed, weights)
-    assert weights_sha256(tiny_sd_folder, str(made[0])) == weights_sha256(tiny_sd_folder, str(made[1]))
+def test_one_unet_with_two_loras_is_two(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    files = [save_lora(tiny_sd_folder, tmp_path / f"{seed}.safetensors", seed=seed) for seed in (0, 1)]
+    candidates = [Candidate(f"with-{file.stem}", str(tiny_sd_folder), 2, "lcm", 1.0, lora=str(file)) for file in files]
+    together = draw(candidates)
+    for latents, one in zip(together, candidates, strict=True):
+        torch.testing.assert_close(latents, draw([one])[0], atol=1e-5, rtol=0)
+    assert not torch.allclose(*together, atol=1e-2)
 
 
-def test_weights_keep_their_type(tiny_sd_folder: Path, tmp_path: Path, lora: Path) -> None:
-    model = shutil.copytree(tiny_sd_folder, tmp_path / "model")
-    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
-    halved = {name: value.half() for name, value in safetensors.torch.load_file(weights).items()}
-    weights.unlink()
-    safetensors.torch.save_file(halved, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    fused = safetensors.torch.load_file(fused_unet(model, "unet", lora, 1.0) / weights.name)
-    assert {value.dtype for value in fused.values()} == {torch.float16}
+def test_the_cache_may_forget_all_that_it_holds(tiny_sd_folder: Path, lora: Path, own_cache: Path) -> None:
+    """DeepCache's graphs are exported when they are first needed, from weights that lie outside the cache."""
+    executor = Executor(device="cpu", fall_back=False)
+    plain = Candidate("one", str(tiny_sd_folder), 3, "ddim", 1.0, lora=str(lora), engine="onnxruntime")
+    draw([plain], executor=executor)
+    EngineCache(own_cache).prune(0)
+    draw([dataclasses.replace(plain, options={"deepcache_interval": 2})], executor=executor)
 
 
 def test_a_catalog_finds_its_lora(tiny_catalog: Path, tmp_path: Path) -> None:
@@ -163,9 +176,57 @@ def test_a_catalog_finds_its_lora(tiny_catalog: Path, tmp_path: Path) -> None:
     executor = Executor(device="cpu", resolve_model=catalog.resolve_model, resolve_lora=catalog.resolve_lora)
     [latents] = draw([candidate], executor=executor)
     assert torch.isfinite(latents).all()
-    (folder / "style.safetensors").unlink()
+    (folder / "styles").mkdir()
+    (folder / "style.safetensors").rename(folder / "styles" / "pytorch_lora_weights.safetensors")
+    assert catalog.resolve_lora("styles") == folder / "styles" / "pytorch_lora_weights.safetensors"
     with pytest.raises(FileNotFoundError, match=r"lora is 'style\.safetensors', but .* is not a file"):
         Catalog.load(folder, verify=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("styles/none.safetensors", id="a path of two parts is no hub id"),
+        pytest.param("model/unet/none.safetensors", id="nor is one in a folder that exists"),
+        pytest.param("model/vae", id="a folder without a LoRA"),
+    ],
+)
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tiny_catalog: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is not a file; accepted: a \.safetensors file"):
+        Catalog.load(tiny_catalog).resolve_lora(name)
+
+
+def test_a_lora_of_the_hub_is_one_file(tiny_catalog: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hf_hub_download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(lora)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    catalog = Catalog.load(tiny_catalog)
+    for _ in range(2):
+        assert catalog.resolve_lora("owner/lcm") == catalog.resolve_lora("owner/many/four/steps.safetensors") == lora
+    assert asked == [("owner/lcm", "pytorch_lora_weights.safetensors"), ("owner/many", "four/steps.safetensors")]
+
+
+def test_two_loras_of_one_file_name_have_a_quantization_each(tiny_catalog: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_catalog, tmp_path / "catalog")
+    candidates = []
+    for seed, name in enumerate(("lcm", "pixel")):
+        (folder / name).mkdir()
+        save_lora(folder / "model", folder / name / "pytorch_lora_weights.safetensors", seed=seed)
+        candidates.append(Candidate(name, "model", 2, "lcm", 1.0, lora=name))
+    dataclasses.replace(Catalog.load(folder, verify=False), candidates=tuple(candidates)).save(folder)
+    arguments = ["quantize", folder, "--candidate", "lcm", "--candidate", "pixel", "--number", 2, "--rows", 8]
+    done = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert done.exit_code == 0, done.output
+    catalog = Catalog.load(folder, verify=False)
+    made = [catalog.candidate("lcm-int8"), catalog.candidate("pixel-int8")]
+    assert len({one.quantization for one in made}) == 2
+    executor = Executor(device="cpu", resolve_model=catalog.resolve_model, resolve_lora=catalog.resolve_lora)
+    for one in made:
+        executor.prepare(one)
 
 
 def of_another_unet(file: Path) -> None:
@@ -184,6 +245,12 @@ def with_a_text_encoder(file: Path) -> None:
     safetensors.torch.save_file(weights, file)
 
 
+def of_kohyas_dora(file: Path) -> None:
+    weights = safetensors.torch.load_file(kohya(file))
+    name = next(iter(weights)).split(".")[0]
+    safetensors.torch.save_file({**weights, f"{name}.dora_scale": torch.ones(1)}, file)
+
+
 def with_nan(file: Path) -> None:
     weights = safetensors.torch.load_file(file)
     safetensors.torch.save_file({name: w * float("nan") for name, w in weights.items()}, file)
@@ -192,11 +259,12 @@ def with_nan(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        pytest.param(of_another_unet, "can't be fused into .*accepted: LoRA made for this UNet", id="layers it lacks"),
-        pytest.param(of_another_width, "can't be fused into", id="shapes of another UNet"),
-        pytest.param(with_nan, "can't be fused into", id="NaN"),
+        pytest.param(of_another_unet, "added to the weights of UNet 'unet': .*LoRA made for", id="layers it lacks"),
+        pytest.param(of_another_width, "can't be added", id="shapes of another UNet"),
+        pytest.param(with_nan, "can't be added", id="NaN"),
         pytest.param(with_a_text_encoder, "also changes a text encoder", id="text encoder"),
         pytest.param(lambda file: file.write_bytes(b"x" * 40), "not a whole safetensors file", id="damaged"),
+        pytest.param(of_kohyas_dora, "is DoRA as kohya has it", id="kohya's DoRA"),
         pytest.param(
             lambda file: safetensors.torch.save_file({"weight": torch.zeros(1)}, file), "has no LoRA weights", id="none"
         ),
@@ -235,15 +303,15 @@ def test_scales_are_checked(scale: float) -> None:
 
 
 def test_without_peft_the_remedy_is_told(tiny_sd_folder: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("catimage_accel.engines.unavailable.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"peft not installed: pip install 'catimage-accel\[lora\]'"):
-        draw([Candidate("one", str(tiny_sd_folder), 1, "lcm", 1.0, lora=str(lora))])
+    monkeypatch.setattr("catimage_accel.lora.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs peft.*`pip install 'catimage-accel\[lora\]'`"):
+        Executor(device="cpu").check(Candidate("one", str(tiny_sd_folder), 1, "lcm", 1.0, lora=str(lora)))
 
 
 def test_diffusers_says_nothing_while_it_fuses(
-    tiny_sd_folder: Path, lora: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    tiny_sd_folder: Path, lora: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        fused_unet(tiny_sd_folder, "unet", lora, 1.0)
+        load_unet(tiny_sd_folder, AdaptedUNet("unet", lora), torch.bfloat16)
     assert capfd.readouterr() == ("", "")
