@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import GradientAccumulationPlugin
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from catimage_accel.training.checkpoint import read_checkpoint, write_checkpoint
 from catimage_accel.training.config import PRECISIONS, TrainConfig, computes_in_bf16
 from catimage_accel.training.muon import Float32Muon
-from catimage_accel.training.record import write_machine
+from catimage_accel.training.process import stopping_waits
+from catimage_accel.training.record import LOG_FILE, begin_log, write_machine
 
 LossFn = Callable[[int, torch.Generator], torch.Tensor]
 Validate = Callable[[int], Mapping[str, float]]
 
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class TrainingDiverged(ValueError):
@@ -44,11 +47,11 @@ class Trainer:
     process works on batches of its own; gradients are averaged for what is computed by ``trainer.forward``.
 
     ``recipe`` says what else the run depends on. A checkpoint in ``folder`` is gone on from if it was written with the
-    same recipe and settings (but for ``config.MAY_CHANGE``), else ValueError names the first difference.
-    ``validate(step)`` is called with the averaged weights in the model every ``validate_every`` steps, on the main
-    process; what it returns is logged. ``start_weight`` is the share that the weights trained from have in the averaged
-    ones, wherever those are asked for; training does not depend on it. ``some_unused`` says that a batch may leave
-    parameters without a gradient.
+    same recipe, settings (but for ``config.MAY_CHANGE``) and number of processes, else ValueError names the first
+    difference. ``validate(step)`` is called with the averaged weights in the model every ``validate_every`` steps, on
+    the main process; what it returns is logged. ``start_weight`` is the share that the weights trained from have in the
+    averaged ones, wherever those are asked for; training does not depend on it. ``some_unused`` says that a batch may
+    leave parameters without a gradient.
     """
 
     def __init__(
@@ -66,8 +69,7 @@ class Trainer:
     ):
         self.config, self.folder, self.title, self.validate = config, folder, title, validate
         self.recipe = dict(recipe or {})
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=some_unused)]
-        self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=handlers)
+        self.accelerator = _accelerator(device, some_unused, title)
         if self.accelerator.num_processes > 1:
             device = self.accelerator.device
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -87,6 +89,7 @@ class Trainer:
         self.optimizers = self._optimizers()
         self.step = 0
         self.seconds = 0.0
+        self._whole = True  # False while a step changes the weights
         if self.accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
@@ -102,22 +105,24 @@ class Trainer:
         """Train up to ``config.steps``; Ctrl-C writes a checkpoint and raises KeyboardInterrupt.
 
         Raises TrainingDiverged, before the weights are touched, when the loss or its gradient is not finite: the
-        checkpoint before is then kept as it is.
+        checkpoint before is then kept as it is. So it is after an error within the change of the weights, which
+        Ctrl-C and SIGTERM wait for.
         """
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("loss {task.fields[loss]}"),
         )  # fmt: skip
         main = self.accelerator.is_main_process
-        if main and self.step < self.config.steps:
-            write_machine(self.folder, self.accelerator.device)
-        with Progress(*columns, disable=not main) as progress, (self.folder / "loss.jsonl").open("a") as log:
+        if main:
+            begin_log(self.folder, self.step)
+            if self.step < self.config.steps:
+                write_machine(self.folder, self.accelerator.device)
+        with Progress(*columns, disable=not main) as progress, (self.folder / LOG_FILE).open("a") as log:
             bar = progress.add_task(self.title, total=self.config.steps, completed=self.step, loss="-")
             since, began, recent = self.seconds, time.monotonic(), []
             try:
                 while self.step < self.config.steps:
                     recent.append(self._one_step(loss_fn))
-                    self.step += 1
                     self.seconds = since + time.monotonic() - began
                     last = self.step == self.config.steps
                     row: dict[str, float] = {}
@@ -136,7 +141,8 @@ class Trainer:
             except TrainingDiverged:
                 raise
             except BaseException:
-                self._save()
+                if self._whole:
+                    self._save()
                 raise
             self._save()
 
@@ -209,14 +215,18 @@ class Trainer:
         # the norm is of the gradient averaged over all processes, so that all of them stop
         if not (torch.isfinite(norm) and (processes > 1 or torch.isfinite(loss_here))):
             raise TrainingDiverged(self._divergence(loss_here.item(), norm.item()))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.config.rate(self.step)
-            optimizer.step()
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.ema, self.master, 1 - decay)
-        self._to_model()
+        with stopping_waits():
+            self._whole = False
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.config.rate(self.step)
+                optimizer.step()
+            decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, self.master, 1 - decay)
+            self._to_model()
+            self.step += 1
+            self._whole = True
         return loss_here.item()
 
     def _divergence(self, loss: float, norm: float) -> str:
@@ -240,10 +250,15 @@ class Trainer:
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(master, {}).items():
                     tensors[f"{key}.{name}"] = value
-        write_checkpoint(self.checkpoint, tensors, self.step, self.seconds, self.config, self.recipe)
+        write_checkpoint(
+            self.checkpoint, tensors, self.step, self.seconds, self.config, self.recipe,
+            self.accelerator.num_processes,
+        )  # fmt: skip
 
     def _load(self) -> None:
-        tensors, self.step, self.seconds = read_checkpoint(self.checkpoint, self.config, self.recipe)
+        tensors, self.step, self.seconds = read_checkpoint(
+            self.checkpoint, self.config, self.recipe, self.accelerator.num_processes
+        )
         lacking = [name for name in self.names if f"master.{name}" not in tensors]
         if lacking:
             text = f"{self.checkpoint} is of another model: it lacks {lacking[0]}; give the run another folder"
@@ -257,3 +272,23 @@ class Trainer:
                 if state:
                     owner[id(master)].state[master] = {key: value.to(master.device) for key, value in state.items()}
         self._to_model()
+
+
+def _accelerator(device: torch.device, some_unused: bool, title: str) -> Accelerator:
+    """Several processes and nothing else: not what `accelerate config` and its variables say of training."""
+    found = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no", dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_unused)],
+    )  # fmt: skip
+    if found.distributed_type not in DISTRIBUTED:
+        raise ValueError(
+            f"{title}: launched with {found.distributed_type.value}; accepted: processes without DeepSpeed, FSDP or "
+            "Megatron-LM"
+        )
+    if found.num_processes > 1 and found.device.type != device.type:
+        raise ValueError(
+            f"{title}: device is {str(device)!r}, but the processes were launched for {found.device.type}; accepted: "
+            "the same"
+        )
+    return found

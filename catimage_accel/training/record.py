@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from catimage_accel.training.config import TrainConfig
 CURVE_POINTS = 50
 RECORD_FILE = "run.json"
 MACHINE_FILE = "machine.json"
+LOG_FILE = "loss.jsonl"
 
 
 def write_machine(folder: Path, device: torch.device) -> None:
@@ -23,15 +25,30 @@ def write_machine(folder: Path, device: torch.device) -> None:
     write_atomic(folder / MACHINE_FILE, (json.dumps(_machine(device), indent=2) + "\n").encode())
 
 
+def begin_log(folder: Path, step: int) -> None:
+    """Readies the log of the run in ``folder`` that goes on after ``step``.
+
+    It loses the half line that a power cut may have left, and what an earlier run, or this one before it was killed,
+    said of the steps that are to come.
+    """
+    path = folder / LOG_FILE
+    if not path.exists():
+        return
+    found = path.read_bytes()
+    kept = b"".join(line for line, row in _lines(found) if row["step"] <= step)
+    if kept != found:
+        write_atomic(path, kept)
+
+
 def run_record(folder: Path, config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """The record of the run in ``folder``, ready for JSON; its loss curve has at most 50 points."""
-    logged = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
-    # a killed run logs the steps since its checkpoint twice: the later of two lines counts
-    rows = {row["step"]: row for row in logged}
+    """The record of the run in ``folder``, ready for JSON; its loss curve has at most 50 points, none of a lost log."""
+    log = folder / LOG_FILE
+    # what was killed before its log was rid of such lines has steps twice: the later of two lines counts
+    rows = {row["step"]: row for _, row in _lines(log.read_bytes() if log.exists() else b"")}
     losses = [(step, row["loss"]) for step, row in rows.items() if "loss" in row]
     scores = [(step, row["clip_score"]) for step, row in rows.items() if "clip_score" in row]
-    last = rows[losses[-1][0]]
-    stride = -(-len(losses) // CURVE_POINTS)
+    last = rows[losses[-1][0]] if losses else {"seconds": None, "loss": None}
+    stride = max(1, -(-len(losses) // CURVE_POINTS))
     kept = folder / MACHINE_FILE
     record = {
         "config": dataclasses.asdict(config),
@@ -41,6 +58,17 @@ def run_record(folder: Path, config: TrainConfig, device: torch.device) -> dict[
         "loss_curve": losses[stride - 1 :: stride],
     }
     return record | ({"clip_scores": scores} if scores else {})
+
+
+def _lines(log: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a log and what they say; what is no row is left out."""
+    for line in log.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(row, dict) and "step" in row:
+            yield line, row
 
 
 def _machine(device: torch.device) -> dict[str, str]:

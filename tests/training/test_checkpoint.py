@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from catimage_accel.training.checkpoint import read_checkpoint, write_checkpoint
 from catimage_accel.training.config import TrainConfig
 from catimage_accel.training.loop import Trainer
 
@@ -45,6 +49,29 @@ def test_a_longer_run_goes_on(tmp_path: Path) -> None:
     train(tmp_path, teacher="unet")
     longer = dataclasses.replace(CONFIG, steps=5, checkpoint_every=1, log_every=1)
     assert train(tmp_path, longer, teacher="unet").step == 5
+
+
+def test_a_run_of_other_processes_is_refused(tmp_path: Path) -> None:
+    """They see other batches: what comes of it is neither run."""
+    train(tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, step, seconds = read_checkpoint(path, CONFIG, {})
+    write_checkpoint(path, tensors, step, seconds, CONFIG, {}, processes=2)
+    with pytest.raises(ValueError, match="was written with processes = 2, this run has 1"):
+        train(tmp_path)
+    assert read_checkpoint(path, CONFIG, {}, processes=2)[1] == 3
+
+
+def test_a_checkpoint_that_does_not_say_how_many_processes_is_of_one(tmp_path: Path) -> None:
+    """As those of before it was kept."""
+    train(tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    with safe_open(path, "pt") as stream:
+        metadata = stream.metadata()
+    config = json.loads(metadata["config"])
+    assert config.pop("processes") == 1
+    save_file(load_file(path), path, metadata | {"config": json.dumps(config)})
+    assert train(tmp_path, dataclasses.replace(CONFIG, steps=4)).step == 4
 
 
 def test_another_model_s_checkpoint_is_refused(tmp_path: Path) -> None:

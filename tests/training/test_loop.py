@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -14,11 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, PartialState
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from catimage_accel.training.config import TrainConfig
 from catimage_accel.training.loop import Trainer, TrainingDiverged
+from catimage_accel.training.record import run_record
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
@@ -149,6 +154,112 @@ def test_a_run_killed_outright_ends_as_if_it_had_not_been(tmp_path: Path) -> Non
     assert done.returncode == -signal.SIGKILL
     whole, resumed = regression(tmp_path / "whole"), regression(tmp_path / "cut")
     assert all(torch.equal(value, resumed.ema_state()[name]) for name, value in whole.ema_state().items())
+
+
+@pytest.mark.parametrize(
+    ("where", "signalled"),
+    [
+        pytest.param(torch.optim.AdamW, True, id="Ctrl-C between the optimizers"),
+        pytest.param(torch.optim.AdamW, False, id="an error between the optimizers"),
+        pytest.param(None, True, id="SIGTERM after the last of the change"),
+    ],
+)
+def test_a_step_is_saved_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: type | None, signalled: bool
+) -> None:
+    """The bias is trained by AdamW, then the matrix by Muon: between the two the weights are of no step."""
+    whole = regression(tmp_path / "whole")
+    calls = []
+
+    def stop() -> None:
+        calls.append(1)
+        if len(calls) != 7:
+            return
+        if not signalled:
+            raise MemoryError
+        os.kill(os.getpid(), signal.SIGINT if where else signal.SIGTERM)
+
+    owner, name = (Trainer, "_to_model") if where is None else (where, "step")
+    inner = getattr(owner, name)
+
+    def then_stop(self, *given, **named):
+        result = inner(self, *given, **named)
+        stop()
+        return result
+
+    monkeypatch.setattr(owner, name, then_stop)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt if signalled else MemoryError):
+            regression(tmp_path / "cut")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(calls) == 7
+    monkeypatch.undo()
+    with safe_open(tmp_path / "cut" / "checkpoint.safetensors", "pt") as stream:
+        assert stream.metadata()["step"] == ("7" if signalled else "4")  # an error keeps the last checkpoint
+    resumed = regression(tmp_path / "cut")
+    for name, value in load_file(resumed.checkpoint).items():
+        assert torch.equal(value, load_file(whole.checkpoint)[name]), name
+
+
+def test_a_half_written_log_is_gone_on_from(tmp_path: Path) -> None:
+    """A power cut leaves half a line; the next run's first line must not be glued to it."""
+    regression(tmp_path, dataclasses.replace(CONFIG, steps=8))
+    log = tmp_path / "loss.jsonl"
+    log.write_bytes(log.read_bytes()[:-9])
+    regression(tmp_path)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [4, 12]
+    log.unlink()
+    regression(tmp_path)
+    record = run_record(tmp_path, CONFIG, CPU)
+    assert (record["loss_curve"], record["final_loss"], record["seconds"]) == ([], None, None)
+
+
+def test_a_run_begun_anew_has_no_curve_of_the_one_before(tmp_path: Path) -> None:
+    """What a broken checkpoint's message advises: delete it."""
+    regression(tmp_path)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    config = dataclasses.replace(CONFIG, steps=4)
+    regression(tmp_path, config)
+    rows = [json.loads(line) for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
+    record = run_record(tmp_path, config, CPU)
+    assert [row["step"] for row in rows] == [4]
+    assert record["loss_curve"] == [(4, rows[0]["loss"])]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+        {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        {"ACCELERATE_DYNAMO_BACKEND": "inductor"},
+    ],
+    ids=["its accumulation", "its precision", "its compiler"],
+)
+def test_what_accelerate_is_configured_to_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    """`accelerate launch` hands its configuration to the processes in the environment."""
+    plain = regression(tmp_path / "plain").ema_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    trainer = regression(tmp_path / "configured")
+    assert trainer.accelerator.mixed_precision == "no"
+    assert trainer.accelerator.state.dynamo_plugin.backend == "NO"
+    assert all(torch.equal(value, plain[name]) for name, value in trainer.ema_state().items())
+
+
+def test_processes_launched_for_another_kind_of_training_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP would keep a part of the weights in each process; the master weights here are whole."""
+    Accelerator(cpu=True)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="regression: launched with FSDP; accepted: processes without DeepSpeed, FSDP"):
+        regression(tmp_path)
+    assert not tmp_path.joinpath("checkpoint.safetensors").exists()
 
 
 PARALLEL = """
