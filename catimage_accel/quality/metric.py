@@ -45,13 +45,34 @@ def check_pairs(images: Sequence[ImageLike], prompts: Sequence[str]) -> None:
         raise ValueError(f"{len(images)} images with {len(prompts)} prompts, expected one prompt an image")
 
 
+def eight_bit(picture: Image) -> Image:
+    """``picture``, one of 16-bit greys scaled to 8 bits, which PIL itself cuts off at 255.
+
+    ValueError for numbers whose black and white are not known: floats and 32-bit integers.
+    """
+    from PIL.Image import fromarray
+
+    if picture.mode.startswith("I;16"):
+        return fromarray(np.round(np.asarray(picture) / 257).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        kind = "floats" if picture.mode == "F" else "32-bit integers"
+        raise ValueError(f"a picture of {kind}, whose black and white are not known; accepted: 8 or 16 bits a channel")
+    return picture
+
+
 def to_rgb(images: Sequence[ImageLike]) -> list[np.ndarray]:
     """The images as (height, width, 3) uint8 arrays; PIL images of other modes are converted."""
     from PIL.Image import Image
 
     arrays = []
     for position, image in enumerate(images):
-        array = np.asarray(image.convert("RGB")) if isinstance(image, Image) else image
+        array = image
+        if isinstance(image, Image):
+            try:
+                picture = eight_bit(image)
+            except ValueError as error:
+                raise ValueError(f"image {position} is {error}") from None
+            array = np.asarray(picture.convert("RGB"))
         if not (
             isinstance(array, np.ndarray)
             and array.dtype == np.uint8
