@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +28,13 @@ from catimage_accel.engines.loading import (
 from catimage_accel.quantize.quantization import weights_sha256
 from catimage_accel.snapfusion.captioned import Captioned, PictureFolder
 from catimage_accel.snapfusion.conditioning import FrozenText
+from catimage_accel.snapfusion.lines import text_lines
 from catimage_accel.snapfusion.preview import Preview
 from catimage_accel.snapfusion.recipes import RUN_PREFIX, Validation
 from catimage_accel.snapfusion.schedule import V, VelocitySchedule
 from catimage_accel.storage import write_atomic
 from catimage_accel.training.config import PRECISIONS
+from catimage_accel.training.process import own_device
 from catimage_accel.training.record import RECORD_FILE
 
 RESULT = "unet"
@@ -39,7 +42,10 @@ RESULT = "unet"
 
 @dataclass(frozen=True)
 class Run:
-    """A run of recipe ``path`` on ``device``: its checkpoints and its result are in ``work/<the recipe's name>``."""
+    """A run of recipe ``path`` on ``device``: its checkpoints and its result are in ``work/<the recipe's name>``.
+
+    One of several processes has the GPU that is its own, whichever ``device`` names.
+    """
 
     path: Path
     work: Path
@@ -48,6 +54,10 @@ class Run:
     precision: str
     predicted: tuple[str, ...] = (V,)
     """What the model's UNets may predict."""
+
+    def __post_init__(self) -> None:
+        # Before anything is loaded: accelerate gives the trained model the same one.
+        object.__setattr__(self, "device", own_device(self.device))
 
     @property
     def folder(self) -> Path:
@@ -101,8 +111,10 @@ class Run:
             if number and not (number.isdecimal() and int(number)):
                 raise ValueError(f"{self.path}: data is {data!r}; accepted: {BUILT_IN!r}, or {BUILT_IN}:200000 scenes")
             return CaptionedScenes(self.work, self.vae, teacher_weight, int(number or SCENES))
-        pixels = self.latent_shape[1] * pixels_per_latent(self.vae.config)
-        return PictureFolder(self.path.parent / data, self.model, pixels, self.work, self.device)
+        scale = pixels_per_latent(self.vae.config)
+        _, height, width = self.latent_shape
+        size = (height * scale, width * scale)
+        return PictureFolder(self.path.parent / data, self.model, size, self.work, self.device)
 
     def unet_folder(self, name: str) -> tuple[Path, str]:
         """(parent, subfolder) of a UNet named by a recipe."""
@@ -168,9 +180,11 @@ class Run:
         path = self.path.parent / name
         if not path.is_file():
             raise FileNotFoundError(f"{self.path}: prompts is {name!r}, but {path} is missing; accepted: a text file")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for _, line in text_lines(path)]
         if not lines:
             raise ValueError(f"{path} is empty; accepted: a prompt a line")
+        if len(lines) < number:
+            warnings.warn(f"{path} has {len(lines)} prompts, fewer than the {number} asked for", stacklevel=2)
         return lines[:number]
 
     def judge(self, name: str) -> Path:
@@ -186,7 +200,9 @@ class Run:
         config.pop("_name_or_path", None)  # diffusers keeps where the run loaded its start from: a path of this machine
         write_atomic(described, (json.dumps(config, indent=2) + "\n").encode())
         write_atomic(self.folder / RECORD_FILE, (json.dumps(facts, indent=2) + "\n").encode())
+        replaced = self.folder / f".{name}.{os.getpid()}.old"
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, replaced)
         os.replace(partial, final)
+        shutil.rmtree(replaced, ignore_errors=True)
         return final
