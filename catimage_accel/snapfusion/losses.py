@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,8 +70,8 @@ class DenoisingLoss:
 class StepLoss:
     """Step distillation: one DDIM step of the student is to do what several of the teacher do.
 
-    From a latent ``z`` noised to a timestep ``t`` of the student's grid the teacher goes to the student's next timestep
-    ``t''`` in ``teacher_steps / student_steps`` steps of equal length. The student's clean latents must be
+    From a latent ``z`` noised to a timestep ``t`` of the student's grid the teacher goes to where DDIM's step leads,
+    ``t''``, in ``teacher_steps / student_steps`` steps of equal length. The student's clean latents must be
     ``(z'' - r z) / (alpha'' - r alpha)`` with ``r = sigma'' / sigma``, weighted by ``max(alpha^2 / sigma^2, 1)``. With
     ``cfg_probability`` a batch compares guided predictions of both instead, each row at a guidance scale w drawn from
     ``guidance``, its error divided by w: guidance multiplies errors as it does differences, and such batches would
@@ -94,7 +93,8 @@ class StepLoss:
 
     def __post_init__(self) -> None:
         check_steps(self.teacher_steps, self.student_steps)
-        self._grid = self.schedule.grid(self.student_steps)
+        self.schedule.check_targets(self.student_steps)
+        self._now, self._after = self.schedule.grid(self.student_steps)[:-1], self.schedule.after(self.student_steps)
 
     def __call__(self, student: Denoiser, generator: torch.Generator) -> Tensor:
         device = self.schedule.alpha.device
@@ -103,7 +103,7 @@ class StepLoss:
         noise = torch.randn(clean.shape, generator=generator).to(device)
         clean = clean.to(device)
         place = torch.randint(self.student_steps, (self.batch_size,), generator=generator).to(device)
-        now, after = self._grid[place], self._grid[place + 1]
+        now, after = self._now[place], self._after[place]
         low, high = self.guidance
         scale = low + (high - low) * torch.rand(self.batch_size, 1, 1, 1, generator=generator).to(device)
         captions = captions if guided else with_dropout(captions, self.caption_dropout, generator)
@@ -160,14 +160,15 @@ class GuidanceLoss:
 
     def __post_init__(self) -> None:
         check_pictures(self.teacher_steps, self.student_steps, self.batch_size)
-        self._grid = self.schedule.grid(self.student_steps)
+        self.schedule.check_targets(self.student_steps)
+        self._now, self._after = self.schedule.grid(self.student_steps)[:-1], self.schedule.after(self.student_steps)
 
     def __call__(self, student: Denoiser, generator: torch.Generator) -> Tensor:
         pictures = self.batch_size // self.student_steps
         chosen = torch.randint(len(self.prompts), (pictures,), generator=generator)
         text = self.text.encode([self.prompts[index] for index in chosen.tolist()])
         noise = torch.randn(pictures, *self.shape, generator=generator)
-        noisy, timestep, target = self.way(noise.to(self._grid.device), text)
+        noisy, timestep, target = self.way(noise.to(self._now.device), text)
         said = student(noisy, timestep, text.repeat(self.student_steps, 1, 1))
         return F.mse_loss(self.schedule.velocity(noisy, said, timestep), target)
 
@@ -182,7 +183,8 @@ class GuidanceLoss:
             return self.schedule.velocity(sample, said, timestep)
 
         sample, found = noise, []
-        for now, after in pairwise(self._grid.unsqueeze(1).expand(-1, len(noise))):
+        for start, end in zip(self._now, self._after, strict=True):
+            now, after = start.expand(len(noise)), end.expand(len(noise))
             arrived = taught_step(self.schedule, guided, sample, now, after, parts)
             alpha, sigma = self.schedule.rates(now)
             clean = clean_towards(self.schedule, sample, arrived, now, after)
@@ -199,7 +201,8 @@ def taught_step(
     """Where the teacher arrives at ``after``, from ``noisy`` at ``now`` (n,), in ``parts`` equally long DDIM steps."""
     sample, timestep, here = noisy, now, schedule.rates(now)
     for part in range(1, parts + 1):
-        following = now + torch.round((after - now) * (part / parts)).long() if part < parts else after
+        between = (now + torch.round((after - now) * (part / parts)).long()).clamp(min=0)
+        following = between if part < parts else after
         there = schedule.rates(following)
         sample, timestep, here = ddim_step(sample, teacher(sample, timestep), here, there), following, there
     return sample

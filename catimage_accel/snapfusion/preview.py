@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +41,15 @@ class Preview:
         noise = torch.randn((len(self.prompts), *shape), generator=torch.Generator().manual_seed(seed))
         self._noise = noise.to(schedule.alpha.device)
         self._hidden, self._text = text.encode(self.prompts), text
-        self._judge = None if judge is None else CLIPScore(judge)
+        self._judge = None if judge is None else CLIPScore(judge, device=self._noise.device)
 
     @torch.no_grad()
     def latents(self, denoiser: Denoiser, steps: int, guidance_scale: float) -> Tensor:
         """DDIM's latents of all prompts, float32."""
-        grid = self.schedule.grid(steps)
+        way = list(zip(self.schedule.grid(steps)[:-1], self.schedule.after(steps), strict=True))
         parts = []
         for sample, hidden in zip(self._noise.split(BATCH), self._hidden.split(BATCH), strict=True):
-            for now, after in pairwise(grid):
+            for now, after in way:
                 timestep = now.expand(len(sample))
                 said = guided_prediction(
                     denoiser, sample, timestep, hidden, self._text.empty(len(sample)), guidance_scale

@@ -75,7 +75,30 @@ class VelocitySchedule:
         scheduler.set_timesteps(steps)
         if len(scheduler.timesteps) != steps:
             raise ValueError(f"steps is {steps}, for which diffusers makes {len(scheduler.timesteps)}; take another")
+        if int(scheduler.timesteps.max()) >= self.timesteps:
+            raise ValueError(f"steps is {steps}, which begin beyond timestep {self.timesteps - 1}; take fewer")
         return torch.cat([scheduler.timesteps.long(), torch.tensor([END])]).to(self.alpha.device)
+
+    def after(self, steps: int) -> Tensor:
+        """Where DDIM's update leads from each of those timesteps: int64 (steps,).
+
+        As in diffusers always equally far, which is not the next timestep of every spacing.
+        """
+        return (self.grid(steps)[:-1] - self.timesteps // steps).clamp(min=END)
+
+    def check_targets(self, steps: int) -> None:
+        """ValueError if what a student is to predict in one of so many DDIM steps would be divided by zero."""
+        now, after = self.grid(steps)[:-1], self.after(steps)
+        still = (self.alpha[now] == self.alpha[after]) | (self.sigma[now] == 0)
+        if self.predicted == NOISE:
+            still |= self.alpha[now] == 0
+        if still.any():
+            spacing = self.config.get("timestep_spacing", "leading")
+            raise ValueError(
+                f"{steps} DDIM steps with the scheduler config's timestep_spacing {spacing!r}: at timestep "
+                f"{int(now[still][0])} a step changes no noise, or there is nothing but noise, so a student's target "
+                "divides by zero; accepted: 'trailing', or another number of steps"
+            )
 
 
 def clean_from(sample: Tensor, velocity: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from catimage_accel.snapfusion.conditioning import FrozenText, with_dropout
-from catimage_accel.snapfusion.losses import Denoiser, DenoisingLoss, GuidanceLoss, StepLoss, denoiser_of
+from catimage_accel.snapfusion.losses import Denoiser, DenoisingLoss, GuidanceLoss, StepLoss, denoiser_of, taught_step
 from catimage_accel.snapfusion.schedule import END, NOISE, V, VelocitySchedule, ddim_step
 
 
@@ -165,6 +165,13 @@ def test_a_batch_depends_on_its_generator_alone_and_the_teacher_learns_nothing(l
     assert not first.requires_grad
 
 
+@pytest.mark.parametrize("kind", [StepLoss, GuidanceLoss])
+def test_a_step_without_a_target_is_refused(loss: StepLoss, guidance: GuidanceLoss, kind: type) -> None:
+    linspace = dataclasses.replace(loss.schedule, config={**loss.schedule.config, "timestep_spacing": "linspace"})
+    with pytest.raises(ValueError, match="at timestep 0 a step changes no noise"):
+        dataclasses.replace(loss if kind is StepLoss else guidance, schedule=linspace)
+
+
 @pytest.mark.parametrize("steps", [(8, 8), (12, 8), (4, 8)], ids=["as many", "no multiple", "fewer"])
 def test_steps_that_do_not_divide_are_refused(loss: StepLoss, steps: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"teacher_steps is {steps[0]}; accepted: a multiple of student_steps \(8\)"):
@@ -253,6 +260,46 @@ def test_a_student_that_has_learnt_it_arrives_where_diffusers_guided_pipeline_do
         output_type="latent",
     ).images  # fmt: skip
     torch.testing.assert_close(sample, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [4, 6], ids=["steps that divide", "steps that do not"])
+def test_a_student_of_another_spacing_arrives_there_too(
+    guidance: GuidanceLoss, tiny_sd_folder: Path, tmp_path: Path, steps: int
+) -> None:
+    """Evenly spread timesteps are not where DDIM's steps lead: it learns the sampler that will draw with it."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="linspace", set_alpha_to_one=True
+    )
+    pipe.save_pretrained(tmp_path)
+    schedule = VelocitySchedule.of_model(tmp_path)
+    loss = dataclasses.replace(
+        guidance, schedule=schedule, teacher=denoiser_of(pipe.unet, torch.float32), teacher_steps=steps,
+        student_steps=steps, batch_size=2 * steps, guidance_rescale=0.0,
+    )  # fmt: skip
+    noise = torch.randn(3, 4, 16, 16, generator=seeded())
+    _, _, target = loss.way(noise, loss.text.encode(list(PROMPTS)))
+    sample = noise
+    for now, after, velocity in zip(schedule.grid(steps)[:-1], schedule.after(steps), target.split(3), strict=True):
+        sample = ddim_step(sample, velocity, *(schedule.rates(at.view(1)) for at in (now, after)))
+    expected = pipe(
+        list(PROMPTS), latents=noise, num_inference_steps=steps, guidance_scale=4.5, output_type="latent"
+    ).images
+    torch.testing.assert_close(sample, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_of_many_steps_is_asked_about_no_timestep_below_0(text: FrozenText, tiny_sd_folder: Path) -> None:
+    """From the first timestep to the end there is no room for four steps."""
+    schedule = VelocitySchedule.of_model(tiny_sd_folder)
+    asked: list[Tensor] = []
+
+    def teacher(sample: Tensor, timestep: Tensor) -> Tensor:
+        asked.append(timestep)
+        return torch.sin(sample)
+
+    taught_step(schedule, teacher, torch.randn(1, 4, 8, 8), torch.tensor([1]), torch.tensor([END]), 4)
+    assert torch.cat(asked).tolist() == [1, 1, 0, 0]
 
 
 def test_a_batch_asks_one_row_of_every_step_and_compares_v(guidance: GuidanceLoss) -> None:

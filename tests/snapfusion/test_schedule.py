@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,9 @@ from diffusers import DDIMScheduler
 from catimage_accel.snapfusion.schedule import END, NOISE, V, VelocitySchedule, clean_from, ddim_step
 
 
-@pytest.fixture(scope="module", params=["trailing", "leading"])
+@pytest.fixture(scope="module", params=["trailing", "leading", "linspace"])
 def folder(request: pytest.FixtureRequest, tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose few steps start at the noisiest timestep, or one step short of it."""
+    """A model whose few steps start at the noisiest timestep, one step short of it, or end at the first."""
     folder = tmp_path_factory.mktemp(request.param)
     shutil.copytree(tiny_sd_folder / "scheduler", folder / "scheduler")
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", timestep_spacing=request.param)
@@ -23,7 +24,7 @@ def folder(request: pytest.FixtureRequest, tiny_sd_folder: Path, tmp_path_factor
     return folder
 
 
-@pytest.mark.parametrize("steps", [1, 4, 8, 50])
+@pytest.mark.parametrize("steps", [1, 3, 4, 8, 16, 50])
 def test_a_trajectory_is_that_of_diffusers(folder: Path, steps: int) -> None:
     schedule = VelocitySchedule.of_model(folder)
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
@@ -31,14 +32,55 @@ def test_a_trajectory_is_that_of_diffusers(folder: Path, steps: int) -> None:
     grid = schedule.grid(steps)
     assert grid.tolist() == [*scheduler.timesteps.tolist(), END]
     ours = theirs = torch.randn(2, 4, 8, 8)
-    for now in scheduler.timesteps:
+    for now, after in zip(scheduler.timesteps, schedule.after(steps).split(1), strict=True):
         velocity = torch.sin(theirs) + now / 1000
         theirs = scheduler.step(velocity, int(now), theirs).prev_sample
-        following = int(now) - 1000 // steps
-        after = torch.tensor([following if following >= 0 else END])
         velocity = torch.sin(ours) + now / 1000
         ours = ddim_step(ours, velocity, schedule.rates(now.view(1)), schedule.rates(after))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 8, 10, 20, 25, 50])
+def test_steps_that_divide_lead_to_the_next_timestep(tiny_sd_folder: Path, spacing: str, steps: int) -> None:
+    schedule = respaced(tiny_sd_folder, timestep_spacing=spacing, steps_offset=1)
+    assert torch.equal(schedule.after(steps), schedule.grid(steps)[1:])
+
+
+def respaced(model: Path, **changes: object) -> VelocitySchedule:
+    schedule = VelocitySchedule.of_model(model)
+    scheduler = DDIMScheduler.from_config(schedule.config, **changes)
+    cumulative = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)])
+    return VelocitySchedule(cumulative.sqrt(), (1 - cumulative).sqrt(), dict(scheduler.config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"timestep_spacing": "linspace"}, "4 DDIM steps with .*'linspace': at timestep 0 a step changes no noise"),
+        ({"timestep_spacing": "leading", "steps_offset": 0}, "'leading': at timestep 0 .*; accepted: 'trailing'"),
+    ],
+    ids=["from the first to the last", "no offset"],
+)
+def test_a_step_that_leads_nowhere_has_no_target(tiny_sd_folder: Path, changes: dict[str, object], told: str) -> None:
+    """At timestep 0 there is as little noise as at the end, unless the end is said to have none at all."""
+    respaced(tiny_sd_folder).check_targets(4)
+    respaced(tiny_sd_folder, **changes, set_alpha_to_one=True).check_targets(4)
+    with pytest.raises(ValueError, match=told):
+        respaced(tiny_sd_folder, **changes).check_targets(4)
+
+
+def test_nothing_but_noise_has_a_target_in_v_alone(tiny_sd_folder: Path) -> None:
+    """At zero terminal SNR a prediction of noise says nothing of the picture."""
+    schedule = respaced(tiny_sd_folder, rescale_betas_zero_snr=True)
+    schedule.check_targets(4)
+    with pytest.raises(ValueError, match=r"at timestep 999 .* nothing but noise"):
+        dataclasses.replace(schedule, predicted=NOISE).check_targets(4)
+
+
+def test_steps_that_begin_beyond_the_last_timestep_are_refused(tiny_sd_folder: Path) -> None:
+    with pytest.raises(ValueError, match="steps is 1000, which begin beyond timestep 999; take fewer"):
+        respaced(tiny_sd_folder, timestep_spacing="leading", steps_offset=1).grid(1000)
 
 
 def test_the_true_velocity_leads_from_any_timestep_to_any_other(tiny_sd_folder: Path) -> None:
