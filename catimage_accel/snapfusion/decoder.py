@@ -6,6 +6,7 @@ what it will be given.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from catimage_accel.snapfusion.recipes import DecoderRecipe, read_recipe
 from catimage_accel.snapfusion.run import Run
 from catimage_accel.training.config import PRECISIONS, TrainConfig
 from catimage_accel.training.loop import Trainer
+from catimage_accel.training.process import check_alone
 from catimage_accel.training.record import run_record
 
 HELD_OUT_SHARE = 0.05
@@ -39,7 +41,7 @@ def distill_decoder(
     device: torch.device,
     recipe: dict[str, object] | None = None,
 ) -> EfficientDecoderKL:
-    """Train ``student``'s decoder to give what ``vae``'s gives; returns it, in float32.
+    """Train ``student``'s decoder to give what ``vae``'s gives; returns it, in float32, all else in it as it was.
 
     ``latents`` (n, C, h, w) are scaled as a UNet gives them. Their last 5%, one at least, are for validation only: PSNR
     in dB of the student's pictures against the whole decoder's, peak 255, and a sheet of both in ``folder/validation``.
@@ -48,11 +50,13 @@ def distill_decoder(
     _check(latents, vae)
     held_out = max(1, round(HELD_OUT_SHARE * len(latents)))
     seen, unseen = latents[:-held_out], latents[-held_out:]
-    teacher = vae.eval().requires_grad_(False).to(device)
+    teacher = copy.deepcopy(vae).eval().requires_grad_(False).to(device)
     student.requires_grad_(False)
     for part in (student.decoder, student.post_quant_conv):
         if part is not None:
             part.requires_grad_(True)
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    frozen = {name: value.clone() for name, value in student.state_dict().items() if name not in trained}
 
     def validate(step: int) -> dict[str, float]:
         shown = unseen[:SHOWN].to(device)
@@ -76,14 +80,18 @@ def distill_decoder(
         return F.l1_loss(made, wanted) + SQUARED_WEIGHT * F.mse_loss(made, wanted)
 
     trainer.run(loss_fn)
-    student.float().load_state_dict(trainer.ema_state(), strict=False)
-    vae.float()
+    # The trainer brought all of it to its precision, which what was not trained is not to be rounded to.
+    student.float().load_state_dict(frozen | trainer.ema_state())
     return student
 
 
 def distill_decoder_recipe(path: Path, work: Path, device: torch.device, steps: int | None = None) -> Path:
-    """Run the decoder recipe ``path``, or go on with it; returns the folder of the finished VAE."""
+    """Run the decoder recipe ``path``, or go on with it; returns the folder of the finished VAE.
+
+    ValueError in one of several processes.
+    """
     recipe = read_recipe(path, DecoderRecipe)
+    check_alone("distill decoder")
     run = Run(path, work, device, recipe.model, recipe.training.precision_on(device))
     prompts = run.prompts(recipe.prompts, recipe.number, training=True)
     latents = generated_latents(

@@ -39,8 +39,7 @@ def generated_latents(
     from catimage_accel.executor import Executor, Job
 
     candidate = Candidate("generation", str(model), steps, sampler, guidance_scale, unet)
-    weights = [weights_sha256(model, unet), *map(file_sha256, sorted((model / "text_encoder").glob("*.safetensors")))]
-    made_by = json.dumps([weights, steps, sampler, guidance_scale, seed])
+    made_by = json.dumps([_drawn_with(model, unet), steps, sampler, guidance_scale, seed])
     executor = Executor(device=device, resolve_model=lambda _: model)
     parts = []
     for start in track(range(0, len(prompts), CHUNK), f"drawing {len(prompts)} latents"):
@@ -61,3 +60,11 @@ def generated_latents(
             write_tensors(path, {"latents": torch.stack([found[index] for index in range(len(chunk))])})
         parts.append(load_file(path)["latents"])
     return torch.cat(parts)
+
+
+def _drawn_with(model: Path, unet: str) -> list[str]:
+    """Digests of the files of ``model`` that its latents of a prompt depend on."""
+    configs = [model / part / "config.json" for part in (unet, "vae", "text_encoder")]
+    scheduler, words = model / "scheduler" / "scheduler_config.json", sorted((model / "tokenizer").glob("*"))
+    files = [scheduler, *configs, *words, *sorted((model / "text_encoder").glob("*.safetensors"))]
+    return [weights_sha256(model, unet), *(file_sha256(file) for file in files if file.is_file())]

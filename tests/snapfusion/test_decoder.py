@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
 
 from catimage_accel.efficient_decoder import EfficientDecoderKL
@@ -44,6 +47,20 @@ def test_it_comes_nearer_to_the_whole_decoder_and_the_encoder_stays(vae: Autoenc
     assert [row["step"] for row in rows if "psnr" in row] == [60, 120]
     # One picture is held out of 24: the whole decoder's above the student's.
     assert Image.open(tmp_path / "validation" / "step-000120.png").size == (32, 64)
+
+
+def test_what_is_not_trained_is_not_rounded(vae: AutoencoderKL, tmp_path: Path) -> None:
+    """bfloat16 keeps 8 bits of a weight; image-to-image would see another encoder."""
+    student = pruned_decoder(vae, 0.5)
+    before = {name: value.clone() for name, value in student.state_dict().items() if "decoder" not in name}
+    teacher = {name: value.clone() for name, value in vae.state_dict().items()}
+    config = dataclasses.replace(CONFIG, steps=2, precision="bf16", validate_every=1)
+    after = distill_decoder(vae, student, latents(), config, tmp_path, CPU).state_dict()
+    kept = {name for name in before if not name.startswith("post_quant_conv")}
+    assert {"encoder.conv_in.weight", "quant_conv.weight"} <= kept
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+    assert any(not torch.equal(after[name], before[name]) for name in before.keys() - kept)
+    assert all(torch.equal(value, teacher[name]) for name, value in vae.state_dict().items())
 
 
 def test_the_psnr_is_that_of_pictures(vae: AutoencoderKL) -> None:
@@ -82,6 +99,50 @@ def test_a_recipe_draws_trains_and_writes_a_vae(recipe: Callable[..., Path], tmp
     assert tuple(made.config.decoder_block_out_channels) == (4, 4, 8, 8)
     record = json.loads((folder.parent / "run.json").read_text())
     assert (record["keep"], record["config"]["steps"]) == (0.5, 3)
+
+
+def test_several_processes_are_refused(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train a decoder of its own, and write it over the others'."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    path = recipe("narrow", data=None, prompts="words.txt", number=3)
+    with pytest.raises(ValueError, match="distill decoder was launched in 2 processes; accepted: 1"):
+        distill_decoder_recipe(path, tmp_path / "work", CPU)
+    assert not (tmp_path / "work").exists()
+
+
+def scheduler(model: Path) -> None:
+    DDIMScheduler.from_pretrained(model / "scheduler", timestep_spacing="leading").save_pretrained(model / "scheduler")
+
+
+def tokenizer(model: Path) -> None:
+    words = model / "tokenizer" / "tokenizer_config.json"
+    words.write_text(json.dumps(json.loads(words.read_text()) | {"model_max_length": 8}))
+
+
+def text_encoder(model: Path) -> None:
+    described = model / "text_encoder" / "config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"hidden_act": "gelu"}))
+
+
+def unet(model: Path) -> None:
+    described = model / "unet" / "config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"sample_size": 4}))
+
+
+@pytest.mark.parametrize("change", [scheduler, tokenizer, text_encoder, unet])
+def test_latents_of_a_model_that_was_changed_are_drawn_anew(
+    sd15_shaped: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    """All that is changed is files beside the weights."""
+    model = Path(shutil.copytree(sd15_shaped, tmp_path / "model"))
+    given: dict[str, Any] = {"steps": 2, "guidance_scale": 1.0}
+    prompts = ["a dog", "two cats and a crown on a pink background, three lemons"]
+    first = generated_latents(model, prompts, tmp_path, CPU, **given)
+    change(model)
+    second = generated_latents(model, prompts, tmp_path, CPU, **given)
+    assert first.shape != second.shape or not torch.equal(first, second)
 
 
 def test_latents_are_drawn_once_and_by_what_they_depend_on(
