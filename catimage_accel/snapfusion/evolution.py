@@ -21,6 +21,7 @@ from catimage_accel.snapfusion.robust import OptionalBlock, leaving_out, only, o
 from catimage_accel.snapfusion.run import Run
 from catimage_accel.snapfusion.search import SearchState, check_target, evolve_once
 from catimage_accel.training.loop import Trainer
+from catimage_accel.training.process import check_alone
 from catimage_accel.training.record import run_record
 
 STATE_FILE = "search.json"
@@ -30,14 +31,15 @@ def search_architecture(path: Path, work: Path, device: torch.device, steps: int
     """Run the architecture recipe ``path``, or go on where it was stopped; returns the efficient UNet's folder.
 
     Its weights are those of robust training: train it on with ``finetune``. Raises UnreachableTarget, before any
-    training, for a target that no network meets.
+    training, for a target that no network meets, and ValueError in one of several processes.
     """
     recipe = read_recipe(path, ArchitectureRecipe)
+    check_alone("distill architecture")
     run = Run(path, work, device, recipe.model, recipe.training.precision_on(device))
     wanted = recipe.search
     unet = run.unet(recipe.student)
     removable, repeatable = removable_blocks(unet), repeatable_blocks(unet)
-    told: dict[str, Any] = recipe.model_dump(exclude={"training", "validation"})
+    told: dict[str, Any] = recipe.model_dump(exclude={"training"})
     told |= {"student weights": run.digest(recipe.student)}
     run.folder.mkdir(parents=True, exist_ok=True)
     with Stopwatch(run.model, wanted.engine, wanted.rows, device) as stopwatch:

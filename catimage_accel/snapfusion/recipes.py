@@ -83,7 +83,6 @@ class _Recipe(Strict):
     model: Text
     data: Text
     training: Training
-    validation: Validation | None = None
 
 
 class _PromptRecipe(Strict):
@@ -105,6 +104,7 @@ class _Student(Strict):
 
     student: Text = "unet"
     start_weight: Share = 0.0
+    validation: Validation | None = None
 
 
 class FinetuneRecipe(_Student, _Recipe):

@@ -61,6 +61,16 @@ def test_what_is_found_is_faster_trains_on_and_is_found_again(
     assert EfficientUNet.from_pretrained(tuned).config.block_repeats == found.config.block_repeats
 
 
+def test_several_processes_are_refused(
+    thin: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would measure latencies, and so find a network, of its own."""
+    path = thin()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="distill architecture was launched in 2 processes; accepted: 1"):
+        search_architecture(path, tmp_path / "work", CPU)
+
+
 def test_a_speed_that_no_network_has_is_told_before_training(thin: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UnreachableTarget, match=r"a speed-up of 50\.00; without all .* so at most"):
         search_architecture(thin(speedup=50.0), tmp_path / "work", CPU)

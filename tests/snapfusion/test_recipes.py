@@ -89,6 +89,18 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path: Path, content: str, told: s
     assert "\n" not in str(error.value)
 
 
+def test_a_search_has_no_validation(tmp_path: Path) -> None:
+    """It is scored round by round: pictures asked for would never be drawn."""
+    path = tmp_path / "thin.toml"
+    lines = [line for line in STEPS.splitlines() if "teacher_" not in line and "student_" not in line]
+    content = "\n".join([*lines, "[search]", "speedup = 1.5", 'judge = "judge"', ""])
+    path.write_text(content)
+    assert read_recipe(path, ArchitectureRecipe).search.speedup == 1.5
+    path.write_text(content + "[validation]\nevery = 100\n")
+    with pytest.raises(ValueError, match=r"validation is .* but there is no such key; accepted: model, "):
+        read_recipe(path, ArchitectureRecipe)
+
+
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.toml is missing"):
         read_recipe(tmp_path / "no.toml", StepsRecipe)
