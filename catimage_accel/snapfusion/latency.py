@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import statistics
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,10 @@ class LatencyTable:
 
 
 class Stopwatch:
-    """Times UNets of one model against each other on an engine; what it builds is in a folder of its own."""
+    """Times UNets of one model against each other on an engine; what it builds is in a folder of its own.
+
+    Of each UNet that is for as long as its call is kept: a search measures hundreds.
+    """
 
     def __init__(self, model: Path, engine: str, rows: int, device: torch.device) -> None:
         if rows < 1:
@@ -64,9 +69,12 @@ class Stopwatch:
         name = f"unet{self._made}"
         self._made += 1
         unet.save_pretrained(self._model / name)
-        cache = EngineCache(Path(self._folder.name) / "engines" / name)
-        engine = LoadedEngines(self.device, cache, fall_back=False).get(self._model, name, (self.engine,))
-        return _one_call(engine, self.rows)
+        built = Path(self._folder.name) / "engines" / name
+        engine = LoadedEngines(self.device, EngineCache(built), fall_back=False).get(self._model, name, (self.engine,))
+        call = _one_call(engine, self.rows)
+        for folder in (self._model / name, built):
+            weakref.finalize(call, shutil.rmtree, folder, ignore_errors=True).atexit = False
+        return call
 
     def compare(self, first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
         """(milliseconds of ``first``, how many times as fast ``second`` is): medians over rounds, in changing order.

@@ -36,6 +36,25 @@ def test_the_table_has_every_block_and_adds_up(tiny_sd_folder: Path) -> None:
     assert known.of({"a": 0, "b": 3}) == 13.0
 
 
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+def test_what_is_built_of_a_network_goes_with_its_call(tiny_sd_folder: Path, engine: str) -> None:
+    """A search measures hundreds of networks of gigabytes."""
+    unet = load_unet(tiny_sd_folder, "unet", torch.float32)
+    with Stopwatch(tiny_sd_folder, engine, 1, CPU) as stopwatch:
+        whole = stopwatch.call(unet)
+        folder = Path(stopwatch._folder.name)
+        kept = files(folder)
+        for _ in range(2):
+            stopwatch.compare(whole, stopwatch.call(unet))
+            assert files(folder) == kept
+        whole()
+    assert not folder.exists()
+
+
+def files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
 def test_rows_are_checked(tiny_sd_folder: Path) -> None:
     with pytest.raises(ValueError, match="rows is 0; accepted: a whole number from 1"):
         Stopwatch(tiny_sd_folder, "eager", 0, CPU)
