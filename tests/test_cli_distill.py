@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,13 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     assert told in done.output
     assert "Traceback" not in done.output
     assert not list((tmp_path / "work").glob("*/checkpoint.safetensors"))
+
+
+def test_launchers_that_take_a_module_find_the_command() -> None:
+    """`accelerate launch -m catimage_accel.cli`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "catimage_accel.cli", "distill", "steps", "student-9"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "student-9 is no file" in done.stderr

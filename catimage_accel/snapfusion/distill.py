@@ -108,4 +108,5 @@ def _train(
     if trainer.accelerator.is_main_process:
         facts = {"start_weight": recipe.start_weight} | run_record(run.folder, config, run.device)
         run.write(student, told | facts)
+    trainer.accelerator.wait_for_everyone()  # another process may begin what this result is the start of
     return run.folder / RESULT

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +136,26 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     resumed = weights(distill_steps(path, tmp_path / "cut", CPU))
     assert len(calls) == 4
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_two_processes_run_recipes_that_begin_with_each_other_s_results(recipe: Recipe, tmp_path: Path) -> None:
+    """By the command that the documentation has; the second process may come to the second recipe first."""
+    paths = [recipe("tuned", {"batch_size": 1}), recipe("further", {"batch_size": 1}, student="run:tuned")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = ["-m", "catimage_accel.cli", "distill", "finetune", *map(str, paths), "--work", str(tmp_path / "work")]
+    done = subprocess.run(
+        [sys.executable, *launch, *command, "--threads", "1"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (weights(tmp_path / "work" / name / "unet") for name in ("tuned", "further"))
+    assert any(not torch.equal(value, second[name]) for name, value in first.items())
+    assert not list((tmp_path / "work").glob("*/.*"))
+    one = weights(finetune(recipe("tuned", {"batch_size": 1, "accumulation": 2}), tmp_path / "one", CPU))
+    for name, value in first.items():  # the same batches, in one process
+        torch.testing.assert_close(value.float(), one[name].float(), rtol=1e-2, atol=1e-3)
 
 
 def test_another_recipe_of_the_same_name_does_not_go_on(recipe: Recipe, tmp_path: Path) -> None:
