@@ -60,7 +60,9 @@ class _GateFields(Strict):
 def twin_of(candidate: Candidate, candidates: Sequence[Candidate], device: torch.device) -> Candidate:
     """``candidate`` in full precision: float32 on a processor, float16 on CUDA; the one of ``candidates``, if any."""
     precision = "fp16" if device.type == "cuda" else "fp32"
-    made = replace(candidate, name=f"{candidate.name}-{precision}", precision=precision, quantization=None)
+    made = replace(
+        candidate, name=f"{candidate.name}-{precision}", precision=precision, quantization=None, engine="auto"
+    )
     for one in candidates:
         if replace(one, name=made.name, engine=made.engine) == made and one.options == made.options:
             return one

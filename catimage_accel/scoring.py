@@ -8,7 +8,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from catimage_accel.candidate import LATER_FIELDS
 from catimage_accel.catalog import QUALITY_FILE, Candidate, Catalog
 from catimage_accel.executor import Executor, Job
 from catimage_accel.profiling import profiled_device
-from catimage_accel.quantize import Quantization
+from catimage_accel.quantize import Quantization, weights_sha256
 from catimage_accel.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CHUNK = 32
 _Image = tuple[str, Candidate, int]  # prompt, candidate, seed
 _DEFINITIONS, _MODELS = b"candidates", b"models"
+_WEIGHTS = "weights"
 
 
 def image_seed(seed: int, prompt: str) -> int:
@@ -220,10 +221,12 @@ class _Scores:
                 )
         self.models = scored_by | self.models
         drawn_as = {name: _drawing(fields) for name, fields in json.loads(metadata.get(_DEFINITIONS, b"{}")).items()}
+        stale = {name for name, now in self.definitions.items() if not _same_drawing(drawn_as.get(name, now), now)}
+        # Rows of candidates that the catalog lacks at the moment are kept: it may have them again.
+        self.definitions = {name: then for name, then in drawn_as.items() if name not in stale} | self.definitions
         for row in stored.to_pylist():
-            name = row["candidate"]
-            if name in self.definitions and drawn_as.get(name, self.definitions[name]) == self.definitions[name]:
-                self.rows[row["prompt"], name, row["seed"], row["metric"]] = row["score"]
+            if row["candidate"] not in stale:
+                self.rows[row["prompt"], row["candidate"], row["seed"], row["metric"]] = row["score"]
 
     def lacks(self, metric: str, image: _Image) -> bool:
         prompt, candidate, seed = image
@@ -247,10 +250,17 @@ class _Scores:
 
 
 def _definition(catalog: Catalog, candidate: Candidate) -> dict[str, Any]:
-    fields = _drawing(asdict(candidate))
+    model, unet = catalog.resolve_model(candidate.model), candidate.unet_part(catalog.resolve_lora)
+    fields = _drawing(asdict(replace(candidate, lora=None, lora_scale=1.0)))  # whose weights are in the digest
+    fields[_WEIGHTS] = [weights_sha256(model, part)[:16] for part in (unet, candidate.vae)]
     if candidate.quantization is not None:
         fields["quantization"] = Quantization.load(catalog.resolve_model(candidate.quantization)).digest
     return fields
+
+
+def _same_drawing(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the two definitions draw alike; files of earlier versions don't tell the weights."""
+    return then == {name: value for name, value in now.items() if name in then or name != _WEIGHTS}
 
 
 def _drawing(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import shutil
 import sys
@@ -181,3 +182,25 @@ def test_a_quantization_that_fails_leaves_the_old_one(catalog: Path) -> None:
     assert done.exit_code == 2
     assert "NaN" in done.stderr
     assert files(catalog) == before
+
+
+def test_models_in_folders_of_one_name_have_a_quantization_each(catalog: Path) -> None:
+    loaded = Catalog.load(catalog)
+    for name in ("one", "two"):
+        shutil.copytree(catalog / "model", catalog / name / "model")
+    first = loaded.candidates[0]
+    candidates = tuple(dataclasses.replace(first, name=name, model=f"{name}/model") for name in ("one", "two"))
+    dataclasses.replace(loaded, candidates=candidates).save(catalog)
+    done = catimage("quantize", catalog, "--candidate", "one", "--candidate", "two", *FAST)
+    assert done.exit_code == 0, done.output
+    made = [one.quantization for one in Catalog.load(catalog).candidates[2:]]
+    assert len(set(made)) == 2
+
+
+def test_who_else_draws_with_scales_that_are_replaced_is_told(catalog: Path) -> None:
+    assert catimage("quantize", catalog, "--candidate", "cheap-2", *FAST).exit_code == 0
+    done = catimage("quantize", catalog, "--candidate", "dear-4", *FAST)
+    told = " ".join(done.stderr.split())
+    assert "has new scales, with which cheap-2-int8 draws too: profile and gate it again" in told
+    again = catimage("quantize", catalog, "--candidate", "dear-4", "--candidate", "cheap-2", *FAST)
+    assert "has new scales" not in again.stderr

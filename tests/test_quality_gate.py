@@ -30,6 +30,10 @@ def candidate(name: str, **more: Any) -> Candidate:
 INT8 = candidate("low", precision="int8", quantization="q")
 
 
+def test_the_twin_of_a_candidate_that_an_int8_engine_draws_takes_any_engine() -> None:
+    assert twin_of(dataclasses.replace(INT8, engine="triton"), [INT8], torch.device("cpu")).engine == "auto"
+
+
 @pytest.mark.parametrize(
     ("others", "device", "name"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+import safetensors.torch
 import torch
 
 from catimage_accel import Catalog
@@ -228,6 +229,39 @@ def test_scores_of_another_quantization_in_the_same_folder_are_drawn_again(bare:
     quantize(1.0)
     assert scored(bare, Brightness()) == 3
     assert {key[1] for key, score in table(bare).items() if score != before[key]} == {"low"}
+
+
+def test_scores_of_weights_that_were_trained_on_are_drawn_again(bare: Path) -> None:
+    scored(bare, Brightness())
+    path = bare / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({name: value * 1.5 for name, value in weights.items()}, path)
+    before = table(bare)
+    assert scored(bare, Brightness()) == 9
+    assert table(bare) != before
+
+
+def test_scores_of_a_file_that_does_not_tell_the_weights_are_kept(bare: Path) -> None:
+    scored(bare, Brightness())
+    path = bare / "quality.parquet"
+    stored = pyarrow.parquet.read_table(path)
+    told = json.loads(stored.schema.metadata[b"candidates"])
+    for fields in told.values():
+        del fields["weights"]
+    metadata = stored.schema.metadata | {b"candidates": json.dumps(told).encode()}
+    pyarrow.parquet.write_table(stored.replace_schema_metadata(metadata), path)
+    assert scored(bare, Brightness()) == 0
+
+
+def test_rows_of_a_candidate_that_is_out_of_the_catalog_for_a_while_are_kept(bare: Path) -> None:
+    scored(bare, Brightness())
+    whole, before = (bare / "catalog.toml").read_text(), table(bare)
+    catalog = Catalog.load(bare, verify=False)
+    dataclasses.replace(catalog, candidates=catalog.candidates[1:], flops={}, milliseconds={}).save(bare)
+    assert scored(bare, Redness()) == 6
+    (bare / "catalog.toml").write_text(whole)
+    assert scored(bare, Brightness()) == 0
+    assert before.items() <= table(bare).items()
 
 
 def test_other_metrics_rows_stay(bare: Path, tiny_catalog: Path) -> None:

@@ -76,6 +76,9 @@ def quantize(
     made = [_quantized(loaded, some, texts, rows, str(found), options) for some in groups]
     for some, (quantization, report) in zip(groups, made, strict=True):
         folder = f"{FOLDER}/{out or _folder_name(loaded, some[0], recipe)}"
+        names = {f"{one.name}-{format}" for one in some}
+        if others := [one.name for one in loaded.candidates if one.quantization == folder and one.name not in names]:
+            say(f"{folder} has new scales, with which {', '.join(others)} draws too: profile and gate it again")
         _write(loaded.folder / folder, quantization, report)
         results().print(report.table(f"{some[0].unet}, {recipe}"))
         say(
@@ -166,8 +169,11 @@ def _prompts(catalog: Catalog, file: Path | None, number: int) -> list[str]:
 
 def _folder_name(catalog: Catalog, candidate: Candidate, recipe: str) -> str:
     """UNet-RECIPE, with the model's name before it where the catalog has several models, and a LoRA's after it."""
-    several = len({catalog.resolve_model(one.model).resolve() for one in catalog.candidates}) > 1
-    model = _plain(Path(candidate.model).name) + "-" if several else ""
+    own = catalog.resolve_model(candidate.model).resolve()
+    others = {folder for one in catalog.candidates if (folder := catalog.resolve_model(one.model).resolve()) != own}
+    model = f"{_plain(Path(candidate.model).name)}-" if others else ""
+    if own.name in {folder.name for folder in others}:
+        model += f"{hashlib.sha256(candidate.model.encode()).hexdigest()[:8]}-"
     lora = ""
     if candidate.lora is not None:
         file = catalog.resolve_lora(candidate.lora)  # many are called alike

@@ -28,6 +28,7 @@ MODEL_FILE = "model.onnx"
 OPSET = 20  # the newest that torch.onnx.export(dynamo=False) writes
 BF16_OPSET = 22  # the first whose Conv and InstanceNormalization take bfloat16; the other operators are as in 20
 FORMAT = "1"  # of what is written here: another number makes engines of other code stale
+FORMAT_OF_TYPED_SCALES = "2"
 PROTOBUF_LIMIT = 2**31 - 2**24  # bytes; with room for the graph beside its weights
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +85,8 @@ def export_key(component: Component, high_precision: str = "fp32", weight_bits: 
         profile="dynamic", runtime="onnx", runtime_version=f"torch {torch.__version__}, diffusers "
         f"{diffusers.__version__}", device="any", os="any",
         options=(
-            ("format", FORMAT), *((("high_precision", high_precision),) if scales else ()),
+            ("format", FORMAT if high_precision == "fp32" else FORMAT_OF_TYPED_SCALES),
+            *((("high_precision", high_precision),) if scales else ()),
             *((("weight_bits", "7"),) if component.precision == "int8" and weight_bits == 7 else ()),
         ),
     )  # fmt: skip
@@ -107,11 +109,11 @@ def _write(component: Component, high_precision: str, weight_bits: int, folder: 
     shutil.rmtree(traced)
     _keep_inputs(model, dict(zip(names, inputs, strict=True)))
     if component.scales is not None:
+        if dtype != torch.float32:
+            type_scales(model, dtype)  # first: weights become multiples of the scales that the graph has
         fold_quantized_weights(model)
         if component.precision == "int8" and weight_bits == 7:
             narrow_weights(model)
-        if dtype != torch.float32:
-            type_scales(model, dtype)
     if dtype == torch.bfloat16:
         model.opset_import[0].version = BF16_OPSET
     external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > external_over

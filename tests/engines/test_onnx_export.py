@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import cut_out, quantized_layers
 from onnx import TensorProto, helper, numpy_helper
-from tiny_unets import unet_inputs
+from tiny_unets import measured, unet_inputs
 
 from catimage_accel.engines import EngineUnavailable
 from catimage_accel.engines.cache import CacheEntry, EngineCache
@@ -24,7 +25,7 @@ from catimage_accel.engines.components import Component, ShapeProfile
 from catimage_accel.engines.deepcache import enter, inside, leave
 from catimage_accel.engines.machine import int8_weight_bits
 from catimage_accel.engines.onnx_export import MODEL_FILE, export
-from catimage_accel.engines.onnx_weights import fold_quantized_weights, narrow_weights
+from catimage_accel.engines.onnx_weights import _tensor, fold_quantized_weights, narrow_weights
 from catimage_accel.engines.onnxruntime import OnnxRuntime
 from catimage_accel.engines.openvino import OpenVINO
 from catimage_accel.quantize.fake import fake_quantized
@@ -187,6 +188,33 @@ def test_quantized_graphs_with_16_bit_layers_between(
             rounded = relative(fake_quantized(tiny_unet, int8.scales)(*inputs).sample, plain)
         [noise] = run(entry, inputs[0].half(), inputs[1], inputs[2].half())
         assert relative(noise.float(), plain) < 1.2 * rounded
+
+
+@pytest.mark.parametrize("high_precision", ["fp32", "fp16", "bf16"])
+def test_weak_channels_keep_their_weights(tiny_sd_folder: Path, tmp_path: Path, high_precision: str) -> None:
+    """Their step is below what float16 holds with full precision, so that the graph's own is wider."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd_folder, folder)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval().requires_grad_(False)
+    layer = unet.down_blocks[1].resnets[0].conv1
+    layer.weight[3] *= 1e-3
+    unet.save_pretrained(folder / "unet")
+    measured(folder, unet, unet_inputs(4)).save(tmp_path / "int8")
+    component = Component(folder, "unet", precision="int8", quantization=tmp_path / "int8")
+    entry = export(component, EngineCache(tmp_path / "cache"), high_precision=high_precision)
+    model = onnx.load(str(entry.folder / MODEL_FILE))
+    tensors = {one.name: one for one in model.graph.initializer}
+    tensors |= {node.output[0]: node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"}
+    [node] = [
+        node for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and "down_blocks.1/resnets.0/conv1" in node.name
+        and node.input[0] in tensors and len(tensors[node.input[0]].dims) == 4
+    ]  # fmt: skip
+    codes, steps = (_tensor(tensors[name]).float() for name in node.input[:2])
+    error = (codes * steps.view(-1, 1, 1, 1) - layer.weight).abs().amax((1, 2, 3))
+    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[high_precision]
+    rounded = 2 * torch.finfo(kind).eps * layer.weight.abs().amax((1, 2, 3))  # the weight itself, and its scale
+    assert bool((error <= 0.5 * steps + rounded).all())
 
 
 @pytest.mark.parametrize("library", ["onnxruntime", "openvino"])
