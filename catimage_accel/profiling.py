@@ -115,6 +115,7 @@ def _unet_flops(model: Path, name: str) -> tuple[int, int, int]:
         unet = kind.from_config(kind.load_config(model / name)).eval()
         sample = torch.zeros(1, unet.config.in_channels, *latent_size(config))
         width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+        width = width if isinstance(width, int) else width[0]
         pooled = text_widths(model)[1]
         text = TextBatch(torch.zeros(1, tokens, width), [], None if pooled is None else torch.zeros(1, pooled))
         added = text.added_conditions(*latent_size(config))  # sizes of pictures, which cost the same whatever they are

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_judge
 from diffusers import StableDiffusionXLPipeline
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from peft import LoraConfig
@@ -36,10 +35,10 @@ def catimage(*arguments: object) -> Any:
 
 
 @pytest.fixture(scope="module")
-def catalog(tiny_sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def catalog(tiny_sdxl_folder: Path, tiny_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdxl") / "catalog"
     shutil.copytree(tiny_sdxl_folder, folder / "model")
-    save_tiny_judge(folder / "judge")
+    shutil.copytree(tiny_catalog / "judge", folder / "judge")
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder)
     torch.manual_seed(0)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))

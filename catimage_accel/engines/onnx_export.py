@@ -127,8 +127,14 @@ def _write(component: Component, high_precision: str, weight_bits: int, folder: 
 def _trace(
     component: Component, module: nn.Module, inputs: Sequence[Tensor], names: list[str], outputs: list[str], path: Path
 ) -> None:
-    with torch.no_grad():
-        results = module(*inputs)
+    try:
+        with torch.no_grad():
+            results = module(*inputs)
+    except RuntimeError as error:
+        raise EngineUnavailable(
+            f"no ONNX graph of {component.model / component.part} ({component.name}), which does not run on the odd "
+            f"sizes that it is traced with: {' '.join(str(error).splitlines()[:1])}; use engine 'eager'"
+        ) from error
     results = (results,) if isinstance(results, Tensor) else results
     shapes = {name: tensor.ndim for name, tensor in zip([*names, *outputs], [*inputs, *results], strict=True)}
     log = torch._C._jit_onnx_log

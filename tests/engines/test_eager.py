@@ -189,6 +189,8 @@ def edit(part: str, **values: Any) -> Callable[[Path], None]:
         pytest.param(text_pickle_only, FileNotFoundError, r"pytorch_model\.bin, a pickle", id="text is a pickle"),
         pytest.param(edit("vae", _class_name="AutoencoderTiny"), ValueError, "'AutoencoderTiny'", id="VAE class"),
         pytest.param(edit("unet", time_cond_proj_dim=256), ValueError, "time_cond_proj_dim is 256", id="LCM"),
+        pytest.param(edit("unet", in_channels=9), ValueError, r"are \(9, 4\); accepted: \(4, 4\)", id="inpainting"),
+        pytest.param(edit("unet", num_class_embeds=10), ValueError, "UNets without class labels", id="class labels"),
         pytest.param(edit("unet", sample_size=None), ValueError, "sample_size is missing", id="no size"),
         pytest.param(
             lambda f: (f / "text_encoder_2").mkdir(), FileNotFoundError, "tokenizer_2 is missing", id="half of SDXL"
