@@ -146,8 +146,10 @@ class TextEncoderEmbedder:
         if self._text_encoder is None:
             from transformers import CLIPTextModel
 
+            folder = self.folder / "text_encoder"
+            plain = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
             encoder = CLIPTextModel.from_pretrained(
-                self.folder / "text_encoder", local_files_only=True, use_safetensors=True
+                folder, local_files_only=True, use_safetensors=True, variant=None if plain else "fp16"
             )
             self._text_encoder = encoder.float().eval()
 

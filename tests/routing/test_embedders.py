@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,6 +113,14 @@ def test_ngram_tokens_are_words() -> None:
     assert first.shape == (4, 64)
     np.testing.assert_array_equal(first[:2], first[2:])
     assert none.shape == (1, 64)
+
+
+def test_a_text_encoder_may_be_there_in_float16_alone(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_sd_folder, tmp_path / "model")
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.rename(weights.with_name("model.fp16.safetensors"))
+    expected = TextEncoderEmbedder(tiny_sd_folder).embed(["a dog"])
+    np.testing.assert_allclose(TextEncoderEmbedder(folder).embed(["a dog"]), expected, atol=1e-6)
 
 
 def test_text_encoder_means_real_tokens_only(tiny_sd_folder: Path) -> None:
