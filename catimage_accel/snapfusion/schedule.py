@@ -89,15 +89,17 @@ class VelocitySchedule:
     def check_targets(self, steps: int) -> None:
         """ValueError if what a student is to predict in one of so many DDIM steps would be divided by zero."""
         now, after = self.grid(steps)[:-1], self.after(steps)
-        still = (self.alpha[now] == self.alpha[after]) | (self.sigma[now] == 0)
-        if self.predicted == NOISE:
-            still |= self.alpha[now] == 0
+        still, blind = self.alpha[now] == self.alpha[after], self.alpha[now] == 0
         if still.any():
-            spacing = self.config.get("timestep_spacing", "leading")
             raise ValueError(
-                f"{steps} DDIM steps with the scheduler config's timestep_spacing {spacing!r}: at timestep "
-                f"{int(now[still][0])} a step changes no noise, or there is nothing but noise, so a student's target "
-                "divides by zero; accepted: 'trailing', or another number of steps"
+                f"the scheduler config's timestep_spacing is {self.config.get('timestep_spacing', 'leading')!r}, with "
+                f"which one of {steps} DDIM steps stands still, at timestep {int(now[still][0])}: a student has "
+                "nothing to learn of it; accepted: 'trailing'"
+            )
+        if self.predicted == NOISE and blind.any():
+            raise ValueError(
+                f"the scheduler config's prediction_type is {NOISE!r}, but at timestep {int(now[blind][0])} there is "
+                f"nothing but noise; accepted: {V}, or rescale_betas_zero_snr false"
             )
 
 
