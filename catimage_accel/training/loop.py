@@ -208,7 +208,8 @@ class Trainer:
                 self.accelerator.backward(loss / accumulation)
             losses.append(loss.detach().float())
         for master, p in zip(self.master, self.parameters, strict=True):
-            master.grad = p.grad.float().view_as(master) if p.grad is not None else torch.zeros_like(master)
+            # None, not zeros: momentum alone would move what this step has not used, Muon's by a step's whole length.
+            master.grad = p.grad.float().view_as(master) if p.grad is not None else None
             p.grad = None
         norm = nn.utils.clip_grad_norm_(self.master, self.config.clip_norm)
         loss_here = torch.stack(losses).mean()

@@ -203,6 +203,25 @@ def test_a_step_is_saved_whole_or_not_at_all(
         assert torch.equal(value, load_file(whole.checkpoint)[name]), name
 
 
+def test_what_a_step_does_not_use_is_not_moved_by_it(tmp_path: Path) -> None:
+    """As a search leaves blocks out now and then: momentum alone would go on moving them."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    before: list[Tensor] = []
+
+    def loss_fn(batch: int, generator: torch.Generator) -> Tensor:
+        if batch % 3 == 2:  # the batch before did without the second layer
+            assert all(torch.equal(p, was) for p, was in zip(model[1].parameters(), before, strict=True))
+        before[:] = [p.detach().clone() for p in model[1].parameters()]
+        made = model[0](torch.randn(4, 3, generator=generator))
+        return (made if batch % 3 == 1 else model[1](made)).square().mean()
+
+    trainer = Trainer(model, CONFIG, tmp_path, CPU, "some unused", some_unused=True)
+    start = trainer.master[-1].clone()
+    trainer.run(loss_fn)
+    assert not torch.equal(trainer.master[-1], start)
+
+
 def test_a_half_written_log_is_gone_on_from(tmp_path: Path) -> None:
     """A power cut leaves half a line; the next run's first line must not be glued to it."""
     regression(tmp_path, dataclasses.replace(CONFIG, steps=8))
