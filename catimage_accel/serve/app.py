@@ -160,8 +160,12 @@ def _add_models(app: FastAPI, service: Service, sizes: CatalogSizes) -> None:
         )  # fmt: skip
         data = [ModelFields(id=catalog.name, created=created, catalog=whole)]
         for one in catalog.candidates:
-            names = ("steps", "sampler", "guidance_scale", "guidance_rescale", "engine", "precision")
+            names = (
+                "steps", "sampler", "timestep_spacing", "guidance_scale", "guidance_rescale", "lora_scale", "engine",
+                "precision",
+            )  # fmt: skip
             told = {key: getattr(one, key) for key in names}
+            told["lora"] = None if one.lora is None else Path(one.lora).name  # not where it lies on this machine
             usable = one.name not in service.backend.unusable
             told |= {"cost": routes.costs[one.name], "usable": usable, "sizes": asdict(sizes.limits[one.name])}
             data.append(ModelFields(id=one.name, created=created, candidate=told))
