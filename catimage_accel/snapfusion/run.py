@@ -34,7 +34,7 @@ from catimage_accel.snapfusion.recipes import RUN_PREFIX, Validation
 from catimage_accel.snapfusion.schedule import V, VelocitySchedule
 from catimage_accel.storage import write_atomic
 from catimage_accel.training.config import PRECISIONS
-from catimage_accel.training.process import own_device
+from catimage_accel.training.process import own_device, stopping_waits
 from catimage_accel.training.record import RECORD_FILE
 
 RESULT = "unet"
@@ -201,8 +201,9 @@ class Run:
         write_atomic(described, (json.dumps(config, indent=2) + "\n").encode())
         write_atomic(self.folder / RECORD_FILE, (json.dumps(facts, indent=2) + "\n").encode())
         replaced = self.folder / f".{name}.{os.getpid()}.old"
-        if final.exists():
-            os.replace(final, replaced)
-        os.replace(partial, final)
+        with stopping_waits():
+            if final.exists():
+                os.replace(final, replaced)
+            os.replace(partial, final)
         shutil.rmtree(replaced, ignore_errors=True)
         return final
