@@ -25,7 +25,8 @@ three quarters of the time on one or two objects, since easy prompts are what it
 SnapFusion's methods are `unet_efficient`, without 12 of the teacher's blocks, `unet_student`, trained on for 8 steps,
 and `vae_small`, whose decoder has half of the channels. `unet_guided` and `unet_guided_efficient`, of the shapes
 of `unet` and `unet_efficient`, were taught by guidance distillation to draw without guidance what `unet_student` draws
-with it. `judge/` is a CLIP trained separately on rendered scenes; no picture is conditioned on it.
+with it, and `unet_guided_4`, of the shape of `unet`, to do so in 4 steps for 8. `judge/` is a CLIP trained separately
+on rendered scenes; no picture is conditioned on it.
 """
 
 _COMMANDS = """\

@@ -15,10 +15,13 @@ from catimage_accel.training.record import RECORD_FILE
 MODEL = "model"
 CONFIG_FILE = "config.json"
 TRAINING_FILE = "training.json"
-RUNS = ("teacher-v", "efficient", "efficient-v", "decoder", "student-v", "guided-8", "guided-efficient")
+RUNS = (
+    "teacher-v", "efficient", "efficient-v", "decoder", "student-v", "guided-8", "guided-efficient", "guided-4",
+)  # fmt: skip
 PARTS = {
     "efficient-v/unet": "unet_efficient", "decoder/vae": "vae_small", "student-v/unet": "unet_student",
     "guided-8/unet": "unet_guided", "guided-efficient/unet": "unet_guided_efficient",
+    "guided-4/unet": "unet_guided_4",
 }  # fmt: skip
 """What a run made -> its subfolder of the catalog's model."""
 CANDIDATES = (
@@ -26,6 +29,7 @@ CANDIDATES = (
     Candidate("teacher-ddim-8", MODEL, 8, "ddim", 4.0, vae="vae_small"),
     Candidate("student-ddim-8", MODEL, 8, "ddim", 4.5, "unet_student", guidance_rescale=0.4),
     Candidate("guided-ddim-8", MODEL, 8, "ddim", 1.0, "unet_guided"),
+    Candidate("guided-ddim-4", MODEL, 4, "ddim", 1.0, "unet_guided_4"),
     Candidate("guided-efficient-ddim-8", MODEL, 8, "ddim", 1.0, "unet_guided_efficient", vae="vae_small"),
 )
 
