@@ -64,8 +64,13 @@ def check_model_folder(model: Path, unet: UNetPart = "unet", vae: str = OWN_VAE)
         found = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
         if found not in classes:
             raise ValueError(f"{model / part / 'config.json'}: the class is {found!r}; accepted: {', '.join(classes)}")
+        if part == vae and (config.get("latents_mean") or config.get("latents_std")):
+            raise ValueError(
+                f"{model / part / 'config.json'}: latents_mean and latents_std are set; accepted: VAEs whose latents "
+                "are scaled by scaling_factor alone"
+            )
         _weight_variant(model / part, part)
-    _check_unet(model, unet, vae)
+    _check_unet(model, unet)
     _check_added_conditions(model, unet)
     if vae != OWN_VAE:
         found, own = (_latents_of(model / name / "config.json") for name in (vae, OWN_VAE))
@@ -76,10 +81,10 @@ def check_model_folder(model: Path, unet: UNetPart = "unet", vae: str = OWN_VAE)
             )
 
 
-def _check_unet(model: Path, unet: UNetPart, vae: str) -> None:
-    """A UNet that takes the VAE's latents and a prompt, nothing else, and predicts what is of the latents' shape."""
-    path, vae_path = model / unet / "config.json", model / vae / "config.json"
-    config, latents = read_config(path), read_config(vae_path)
+def _check_unet(model: Path, unet: UNetPart) -> None:
+    """A UNet that takes the model's latents and a prompt, nothing else, and predicts what is of the latents' shape."""
+    path = model / unet / "config.json"
+    config, latents = read_config(path), read_config(model / OWN_VAE / "config.json")
     if config.get("sample_size") is None:
         raise ValueError(
             f"{path}: sample_size is missing; accepted: the side of the latents that it was trained on, such as 64"
@@ -90,17 +95,12 @@ def _check_unet(model: Path, unet: UNetPart, vae: str) -> None:
     }.items():  # fmt: skip
         if config.get(name) is not None:
             raise ValueError(f"{path}: {name} is {config[name]!r}; accepted: UNets without {needs}")
-    if latents.get("latents_mean") or latents.get("latents_std"):
-        raise ValueError(
-            f"{vae_path}: latents_mean and latents_std are set; accepted: VAEs whose latents are scaled by "
-            "scaling_factor alone"
-        )
     channels = latents.get("latent_channels", 4)
     found = config.get("in_channels", 4), config.get("out_channels", 4)
     if found != (channels, channels):
         raise ValueError(
             f"{path}: (in_channels, out_channels) are {found}; accepted: {(channels, channels)}, as the latents of "
-            f"{model / vae} have (an inpainting UNet can't draw a prompt alone)"
+            f"{model / OWN_VAE} have (an inpainting UNet can't draw a prompt alone)"
         )
 
 

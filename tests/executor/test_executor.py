@@ -69,13 +69,17 @@ def executor() -> Executor:
 
 def with_diffusers(pipe: StableDiffusionPipeline, one: Job, output_type: str = "latent") -> Any:
     c = one.candidate
-    folder = Path(c.model) / "scheduler"
+    own = pipe.scheduler
     spacing = {} if c.timestep_spacing is None else {"timestep_spacing": c.timestep_spacing}
-    pipe.scheduler = SCHEDULERS[c.sampler].from_config(DDIMScheduler.load_config(folder), **spacing)
-    return pipe(
-        one.prompt, num_inference_steps=c.steps, guidance_scale=c.guidance_scale, guidance_rescale=c.guidance_rescale,
-        output_type=output_type, generator=torch.Generator().manual_seed(one.key),
-    ).images[0]  # fmt: skip
+    pipe.scheduler = SCHEDULERS[c.sampler].from_config(own.config, **spacing)
+    try:
+        return pipe(
+            one.prompt, num_inference_steps=c.steps, guidance_scale=c.guidance_scale,
+            guidance_rescale=c.guidance_rescale, output_type=output_type,
+            generator=torch.Generator().manual_seed(one.key),
+        ).images[0]  # fmt: skip
+    finally:
+        pipe.scheduler = own
 
 
 def assert_as_diffusers(pipe: StableDiffusionPipeline, outcome: Finished) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,11 +22,12 @@ def candidate(folder: Path, **more: Any) -> Candidate:
     })  # fmt: skip
 
 
-def unchecked(folder: Path, **more: Any) -> Any:
+def unchecked(folder: Path, **more: Any) -> Candidate:
     """A candidate that the catalog would refuse: the executor checks for itself."""
-    fields = {"engine": "eager", "precision": "fp32", "quantization": None, "unet": "unet", "vae": "vae", **more}
-    values = {"model": str(folder), "steps": 3, "sampler": "ddim", "guidance_scale": 2.0, "options": {}, **fields}
-    return SimpleNamespace(name="one", **values)
+    made = candidate(folder)
+    for name, value in more.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def jobs(folder: Path, count: int = 5) -> list[Job]:

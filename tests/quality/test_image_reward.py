@@ -157,7 +157,7 @@ def test_batches_and_sizes_do_not_matter(folder: Path, images: list[Image.Image]
 
 def test_a_hub_id_brings_its_vocabulary(hub: Path, folder: Path, images: list[Image.Image]) -> None:
     in_hub(hub, "zai-org/ImageReward", folder, "ImageReward.pt", "med_config.json")
-    with pytest.raises(FileNotFoundError, match="no folder google-bert/bert-base-uncased"):
+    with pytest.raises(FileNotFoundError, match="'google-bert/bert-base-uncased' is not a folder here"):
         ImageReward("zai-org/ImageReward")
     in_hub(hub, "google-bert/bert-base-uncased", folder, "vocab.txt")
     scores = ImageReward("zai-org/ImageReward").score(images, PROMPTS)
