@@ -10,8 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from catimage_accel.storage import file_sha256
-
 __all__ = ["AdaptedUNet", "UNetPart", "check_lora", "fuse"]
 
 FORMAT = 1  # of how weights are added: another number makes what was built from them stale
@@ -37,12 +35,12 @@ class AdaptedUNet(os.PathLike[str]):
     def __str__(self) -> str:
         return f"{self.name} + {self.scale:g} x {self.lora.name}"
 
-    def sha256(self, weights: str) -> str:
-        """Tells the weights that come of it, ``weights`` being the digest of the UNet's own.
+    def sha256(self, weights: str, lora: str) -> str:
+        """Tells the weights that come of it, by the digests of the UNet's own and of the LoRA's file.
 
         Of what they are made from and not of the sums, whose last bits are the machine's.
         """
-        made = {"format": FORMAT, "unet": weights, "lora": file_sha256(self.lora), "scale": repr(self.scale)}
+        made = {"format": FORMAT, "unet": weights, "lora": lora, "scale": repr(self.scale)}
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
 

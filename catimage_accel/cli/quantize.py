@@ -20,6 +20,7 @@ from catimage_accel.cli.files import read_prompts
 from catimage_accel.storage import CHECKSUMS_FILE, file_sha256, write_atomic
 
 if TYPE_CHECKING:
+    from catimage_accel.lora import UNetPart
     from catimage_accel.quantize import Quantization, QuantizationReport
 
 FOLDER, REPORT_FILE = "quantized", "report.json"
@@ -137,11 +138,11 @@ def _quantized(
 
 def _groups(catalog: Catalog, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     """The candidates by UNet."""
-    groups: dict[tuple[Any, ...], list[Candidate]] = {}
+    groups: dict[tuple[Path, UNetPart], list[Candidate]] = {}
     for one in candidates:
         if one.quantization is not None:
             raise ValueError(f"candidate {one.name!r} is quantized; accepted: the one it was made from")
-        key = (catalog.resolve_model(one.model).resolve(), one.unet, one.lora, one.lora_scale)
+        key = (catalog.resolve_model(one.model).resolve(), one.unet_part(catalog.resolve_lora))
         groups.setdefault(key, []).append(one)
     return list(groups.values())
 

@@ -40,10 +40,8 @@ class CompiledEngine(EagerEngine):
         """As EagerEngine's, and compiles for two rows; raises EngineUnavailable if torch can't compile here."""
         super().__init__(model, unet, precision, device, shared, quantization)
         text = self.gather(self.encode_prompts(["", ""]))
-        sample = torch.zeros((2, self.channels, *self.sample_size), device=self.device)
         try:
-            added = text.added_conditions(*(side * self.scale_factor for side in self.sample_size))
-            self.denoise(sample, torch.tensor([999.0, 1.0], device=self.device), text, added)
+            self._denoise_zeros(text)
         except RuntimeError as error:  # dynamo's and inductor's own errors, no C++ compiler among them
             # The first line may say no more than which backend raised.
             reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__

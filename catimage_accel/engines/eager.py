@@ -169,6 +169,13 @@ class EagerEngine:
             noise = self._forward(sample, timestep, text.hidden, added_cond_kwargs=added, return_dict=False)[0]
         return noise.to(dtype=torch.float32, memory_format=torch.contiguous_format)
 
+    def _denoise_zeros(self, text: TextBatch) -> None:
+        """The UNet on a row of zeros for each of ``text``'s, at its usual size."""
+        rows = len(text.hidden)
+        sample = torch.zeros(rows, self.channels, *self.sample_size, device=self.device)
+        added = text.added_conditions(*(side * self.scale_factor for side in self.sample_size))
+        self.denoise(sample, torch.zeros(rows, device=self.device), text, added)
+
     def decode(self, latents: Tensor, vae: str = OWN_VAE) -> Tensor:
         return self.shared.decode(latents, vae)
 

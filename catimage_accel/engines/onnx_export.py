@@ -85,7 +85,7 @@ def export_key(component: Component, high_precision: str = "fp32", weight_bits: 
         profile="dynamic", runtime="onnx", runtime_version=f"torch {torch.__version__}, diffusers "
         f"{diffusers.__version__}", device="any", os="any",
         options=(
-            ("format", FORMAT if high_precision == "fp32" else FORMAT_OF_TYPED_SCALES),
+            ("format", FORMAT_OF_TYPED_SCALES if scales and high_precision != "fp32" else FORMAT),
             *((("high_precision", high_precision),) if scales else ()),
             *((("weight_bits", "7"),) if component.precision == "int8" and weight_bits == 7 else ()),
         ),

@@ -11,7 +11,7 @@ __all__ = ["EMBEDDED", "time_alone", "without_time"]
 
 EMBEDDED = {"timestep": "time_features", "time_ids": "added_features"}
 """Inputs whose sines are taken -> the name of what goes into a matrix in their place."""
-_OTHERS = ("sample", *ADDED_CONDITIONS)  # which the sines are counted or put together with
+_INPUTS = {"sample", *EMBEDDED, *ADDED_CONDITIONS}  # of the embeddings: rows are counted by the sample's
 
 
 def time_alone(model: Any) -> Any:
@@ -19,7 +19,7 @@ def time_alone(model: Any) -> Any:
     import openvino
 
     sources = [_first_matrix(model, name).get_source_output() for name in _embedded(model)]
-    parameters = [one for one in model.get_parameters() if _names(one) & {*EMBEDDED, *_OTHERS}]
+    parameters = [one for one in model.get_parameters() if _names(one) & _INPUTS]
     return openvino.Model(sources, parameters, "time")
 
 

@@ -77,8 +77,4 @@ class TritonInt8Engine(EagerEngine):
 
     @torch.inference_mode()
     def _run_once(self) -> None:
-        """The UNet on one row of zeros, at its usual size."""
-        text = self.gather([self.unconditional()])
-        sample = torch.zeros(1, self.channels, *self.sample_size, device=self.device)
-        added = text.added_conditions(*(side * self.scale_factor for side in self.sample_size))
-        self.denoise(sample, torch.zeros(1, device=self.device), text, added)
+        self._denoise_zeros(self.gather([self.unconditional()]))

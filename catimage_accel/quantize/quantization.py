@@ -175,7 +175,7 @@ def weights_sha256(model: Path, unet: UNetPart = "unet") -> str:
     """
     digests = [_file_sha256(path) for path in _weight_files(model / unet)]
     found = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    return unet.sha256(found) if isinstance(unet, AdaptedUNet) else found
+    return unet.sha256(found, _file_sha256(unet.lora)) if isinstance(unet, AdaptedUNet) else found
 
 
 def check_checkpoint(model: Path, unet: str = "unet") -> None:

@@ -14,24 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    StableDiffusionPipeline,
-)
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedulers import SCHEDULERS
 
 from catimage_accel.catalog import Candidate
 from catimage_accel.executor import Executor, Finished, Job, Step
 
-SCHEDULERS = {
-    "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "euler_ancestral": EulerAncestralDiscreteScheduler,
-    "dpmsolver++": DPMSolverMultistepScheduler, "lcm": LCMScheduler,
-}  # fmt: skip
 PROMPTS = ("a dog", "a crown, a dog and a bear on a pink background", "three lemons", "")
 
 

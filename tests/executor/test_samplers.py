@@ -7,23 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-)
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedulers import SCHEDULERS
 
 from catimage_accel.executor import SAMPLERS, sampler_table
 from catimage_accel.executor.samplers import TIMESTEP_SPACINGS
 
-CLASSES = {
-    "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "euler_ancestral": EulerAncestralDiscreteScheduler,
-    "dpmsolver++": DPMSolverMultistepScheduler, "lcm": LCMScheduler,
-}  # fmt: skip
 ZOO: dict[str, Any] = {
     "beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "clip_sample": False,
     "set_alpha_to_one": False, "prediction_type": "v_prediction", "timestep_spacing": "trailing",
@@ -36,7 +27,7 @@ def fake_unet(sample: torch.Tensor, timestep: float) -> torch.Tensor:
 
 
 def with_diffusers(sampler: str, steps: int, config: dict[str, Any], noise: torch.Tensor) -> torch.Tensor:
-    scheduler = CLASSES[sampler].from_config(config)
+    scheduler = SCHEDULERS[sampler].from_config(config)
     scheduler.set_timesteps(steps)
     latents = noise * scheduler.init_noise_sigma
     random = {"generator": torch.Generator().manual_seed(7)} if sampler in ("euler_ancestral", "lcm") else {}

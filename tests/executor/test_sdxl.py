@@ -12,20 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from schedulers import SCHEDULERS
 
 from catimage_accel.candidate import Candidate
 from catimage_accel.executor import Executor, Finished, Job
 
-SCHEDULERS: dict[str, Any] = {
-    "ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler,
-    "euler_ancestral": EulerAncestralDiscreteScheduler,
-}  # fmt: skip
 PROMPTS = ("a dog", "a crown, a dog and a bear on a pink background", "")
 
 
