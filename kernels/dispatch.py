@@ -9,9 +9,10 @@ from typing import Any, Literal, cast
 
 import torch
 
-from catimage_accel.kernels import cuda
+from catimage_accel.kernels import cpu, cuda
+from catimage_accel.kernels.build import CPU, CUDA, Library
 
-Impl = Literal["reference", "triton", "cuda", "int_mm"]
+Impl = Literal["reference", "triton", "cuda", "cpu", "int_mm"]
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Constants, not functions: torch.compile cannot trace a look into the environment.
@@ -28,6 +29,7 @@ def choose_impl(
     *others: torch.Tensor | None,
     triton_dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
     cuda_dtypes: tuple[torch.dtype, ...] = (),
+    cpu_dtypes: tuple[torch.dtype, ...] = (),
     libraries: tuple[Impl, ...] = (),
     measured: Callable[[], str | None] | None = None,
 ) -> Impl:
@@ -35,20 +37,24 @@ def choose_impl(
 
     Args:
         impl: What the caller asked for; ``None`` is the best available: on CUDA tensors of a dtype it takes cuda where
-            or a library where that was measured to be the fastest, else triton; on others the reference.
+            or a library where that was measured to be the fastest, else triton; on CPU tensors cpu, where it is built,
+            takes such arguments and nobody compiles or traces the call (who does makes one kernel of several ops); else
+            the reference.
         name: Name of the argument ``x``, for messages.
         x: The argument whose device and dtype decide.
         others: The op's other tensors. If any of them or ``x`` needs a gradient the reference runs whatever ``impl``
             says, as only torch's own ops are differentiable.
         triton_dtypes: What ``x`` may be for the op's Triton kernels.
         cuda_dtypes: What the op's CUDA kernels take; empty where it has none for such arguments.
+        cpu_dtypes: The same of its C++ kernels for the CPU.
         libraries: Further implementations that take such arguments, through torch's own ops.
         measured: Tells which implementation was measured to be the fastest for such arguments, if any was.
 
     Raises:
         ValueError: ``impl`` is unknown, or is missing here, or takes no such device or dtype.
     """
-    impls = ("reference", "triton", *(("cuda",) if cuda_dtypes else ()), *libraries)
+    native = (*(("cuda",) if cuda_dtypes else ()), *(("cpu",) if cpu_dtypes else ()))
+    impls = ("reference", "triton", *native, *libraries)
     if impl is not None and impl not in impls:
         raise ValueError(f"impl is {impl!r}; accepted: {', '.join(map(repr, impls))} or None (best available)")
     if impl == "triton":
@@ -59,12 +65,9 @@ def choose_impl(
         if not x.is_cuda and not TRITON_INTERPRETS:
             raise ValueError(f"{name} is on {x.device}; impl 'triton' accepts CUDA tensors")
     if impl == "cuda":
-        if not cuda.BUILT:
-            raise ValueError(f"impl is 'cuda', but its kernels are not built: {cuda.HOW_TO_BUILD}")
-        if x.dtype not in cuda_dtypes:
-            raise ValueError(f"{name} has dtype {x.dtype}; impl 'cuda' accepts {', '.join(map(str, cuda_dtypes))}")
-        if not x.is_cuda:
-            raise ValueError(f"{name} is on {x.device}; impl 'cuda' accepts CUDA tensors")
+        _check_native(impl, CUDA, cuda.BUILT, name, x, cuda_dtypes)
+    if impl == "cpu":
+        _check_native(impl, CPU, cpu.BUILT, name, x, cpu_dtypes)
     if impl == "reference" or needs_gradient(x, *others):
         return "reference"
     if impl is not None:
@@ -72,7 +75,25 @@ def choose_impl(
     rivals = (*(("cuda",) if cuda.BUILT and x.dtype in cuda_dtypes else ()), *libraries)
     if measured is not None and rivals and x.is_cuda and (found := measured()) in rivals:
         return cast(Impl, found)
-    return "triton" if x.is_cuda and x.dtype in triton_dtypes and TRITON_INSTALLED else "reference"
+    if x.is_cuda and x.dtype in triton_dtypes and TRITON_INSTALLED:
+        return "triton"
+    return "cpu" if cpu.BUILT and x.device.type == "cpu" and x.dtype in cpu_dtypes and not is_traced() else "reference"
+
+
+def _check_native(
+    impl: str, library: Library, built: bool, name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if not built:
+        raise ValueError(f"impl is {impl!r}, but its kernels are not built: {library.how_to_build}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {x.dtype}; impl {impl!r} accepts {', '.join(map(str, dtypes))}")
+    if x.device.type != impl:
+        raise ValueError(f"{name} is on {x.device}; impl {impl!r} accepts {library.kind} tensors")
+
+
+def is_traced() -> bool:
+    """Whether ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` is looking at what is called."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from catimage_accel.kernels.dispatch import TRITON_INTERPRETS
+from catimage_accel.kernels import cpu
+from catimage_accel.kernels.dispatch import TRITON_INTERPRETS, is_traced
 
 COMPONENTS = ("unet", "controlnet", "vae")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -105,8 +106,25 @@ def takes_kernels(x: Tensor, *others: Tensor | None) -> bool:
     """Whether kernels may run on these tensors.
 
     They do on CUDA tensors (and under Triton's interpreter) that share a dtype which autocast leaves alone. Elsewhere
-    torch's own ops decide, and asking for ours would only cost time.
+    torch's own ops decide, and asking for ours would only cost time; but see ``takes_cpu_kernels``.
     """
     if not (x.is_cuda or TRITON_INTERPRETS) or torch.is_autocast_enabled(x.device.type):
         return False
     return all(other is None or other.dtype == x.dtype for other in others)
+
+
+def takes_cpu_kernels(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether C++ kernels for the CPU, of ops that have one, may run on these tensors.
+
+    They do where they are built, on tensors that share a dtype which autocast leaves alone, where nobody asks for
+    derivatives or compiles or traces the call.
+    """
+    return (
+        cpu.BUILT
+        and x.device.type == "cpu"
+        and x.dtype in cpu.DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_traced()
+        and all(other is None or other.dtype == x.dtype for other in others)
+    )

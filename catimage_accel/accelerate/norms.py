@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from catimage_accel.accelerate.modules import is_hooked, takes_kernels
-from catimage_accel.kernels import group_norm, layer_norm
+from catimage_accel.accelerate.modules import is_hooked, takes_cpu_kernels, takes_kernels
+from catimage_accel.kernels import cpu, group_norm, layer_norm
+from catimage_accel.kernels.group_norm.layout import suits_cpu_kernel
+
+if cpu.BUILT:  # the op itself: what a public function checks takes as long as a small norm
+    from catimage_accel.kernels.group_norm.cpu import group_norm as cpu_group_norm
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -21,6 +25,8 @@ class FusedGroupNorm(nn.GroupNorm):
         weight = self.weight  # looked up once: a module finds its parameters slowly
         if takes_kernels(x, weight):
             return group_norm(x, self.num_groups, weight, self.bias, self.eps, activation=activation)
+        if suits_cpu_kernel(x) and takes_cpu_kernels(x, weight):
+            return cpu_group_norm(x, self.num_groups, weight, self.bias, self.eps, activation=activation)
         y = nn.functional.group_norm(x, self.num_groups, weight, self.bias, self.eps)
         return nn.functional.silu(y, inplace=not torch.is_grad_enabled()) if activation == "silu" else y
 
@@ -45,7 +51,8 @@ class FusedLayerNorm(nn.LayerNorm):
         weight = self.weight
         if takes_kernels(x, weight):
             return layer_norm(x, weight, self.bias, self.eps)
-        return nn.functional.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps)
+        # Without the layer of Python in ``nn.functional``: that is what looking for kernels costs here.
+        return torch.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps)
 
 
 def takes_sums(norm: nn.Module) -> bool:
@@ -55,13 +62,14 @@ def takes_sums(norm: nn.Module) -> bool:
 
 def shift_and_norm(norm: nn.Module, x: Tensor, shift: Tensor) -> Tensor:
     """``norm(x + shift)`` for a ``shift`` of (batch, channels)."""
-    if (
-        isinstance(norm, FusedGroupNorm)
-        and takes_kernels(x, shift, norm.weight)
-        and takes_sums(norm)
-        and shift.shape == x.shape[:2]
-    ):
-        return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=norm.activation, shift=shift)
+    if isinstance(norm, FusedGroupNorm) and takes_sums(norm) and shift.shape == x.shape[:2]:
+        weight = norm.weight
+        if takes_kernels(x, shift, weight):
+            return group_norm(x, norm.num_groups, weight, norm.bias, norm.eps, activation=norm.activation, shift=shift)
+        if suits_cpu_kernel(x) and takes_cpu_kernels(x, shift, weight):
+            return cpu_group_norm(
+                x, norm.num_groups, weight, norm.bias, norm.eps, activation=norm.activation, shift=shift
+            )
     normalised: Tensor = norm(x + shift[:, :, None, None])
     return normalised
 

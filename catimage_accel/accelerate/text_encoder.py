@@ -10,11 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
-from catimage_accel.accelerate.modules import named_like, takes_kernels
+from catimage_accel.accelerate.modules import named_like
 from catimage_accel.accelerate.norms import FusedLayerNorm, add_and_norm
-
-# The function itself, as in ``attention``.
-plain_forward = CLIPEncoderLayer.forward
 
 
 @named_like(CLIPEncoderLayer)
@@ -22,9 +19,7 @@ class FusedEncoderLayer(CLIPEncoderLayer):
     """A ``CLIPEncoderLayer`` whose second norm adds the residual."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """Arguments and result are those of ``CLIPEncoderLayer``, whose own code runs where no kernel does."""
-        if not takes_kernels(hidden_states):
-            return plain_forward(self, hidden_states, attention_mask, **kwargs)
+        """Arguments and result are those of ``CLIPEncoderLayer``."""
         attended, _ = self.self_attn(
             hidden_states=self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs
         )

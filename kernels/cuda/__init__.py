@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
-from pathlib import Path
 
 import torch
 
-from catimage_accel.kernels.cuda.build import HOW_TO_BUILD, LIBRARY, is_stale
+from catimage_accel.kernels.build import CUDA
+from catimage_accel.kernels.built import is_built
 
-__all__ = ["BUILT", "HOW_TO_BUILD", "LIBRARY", "is_built", "load"]
-
-
-def is_built(library: Path) -> bool:
-    """Whether the library is there, and built from the sources that lie beside it; warns where from others."""
-    if library.is_file() and is_stale(library):
-        warnings.warn(
-            f"{library} was built from other CUDA sources than there are now and is not used; rebuild: {HOW_TO_BUILD}",
-            UserWarning,
-            stacklevel=2,
-        )
-        return False
-    return library.is_file()
-
+__all__ = ["BUILT", "load"]
 
 # A constant, not a function: torch.compile cannot trace a look at the disk.
-BUILT = is_built(LIBRARY)
+BUILT = is_built(CUDA)
 
 
 @cache
 def load() -> None:
     """Registers the ops. Works beside a PyTorch without CUDA too."""
-    torch.ops.load_library(LIBRARY)
+    torch.ops.load_library(CUDA.path)

@@ -1,7 +1,7 @@
-"""``python -m catimage_accel.kernels.cuda``: see ``build``."""
+"""``python -m catimage_accel.kernels.cuda``: builds the library in its place."""
 
 from __future__ import annotations
 
-from catimage_accel.kernels.cuda.build import main
+from catimage_accel.kernels.build import CUDA
 
-main()
+CUDA.build()

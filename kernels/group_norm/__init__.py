@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from catimage_accel.kernels import cpu as cpu_library
 from catimage_accel.kernels.dispatch import KERNEL_DTYPES, choose_impl
 from catimage_accel.kernels.group_norm import reference
-from catimage_accel.kernels.group_norm.layout import tuned_shape
+from catimage_accel.kernels.group_norm.layout import suits_cpu_kernel, tuned_shape
 from catimage_accel.kernels.group_norm.validation import validate
 from catimage_accel.kernels.tuning.impl import measured_impl
 
@@ -42,9 +43,10 @@ def group_norm(
         shift: (batch, channels), dtype and device of ``x``, or ``None`` for zeros.
         output_scale: The real value of one INT8 level of the result, as of ``int8_quantize``: int8 is written, for a
             quantized layer to read. ``None`` quantizes nothing.
-        impl: "reference" (torch's ``group_norm``, then ``silu``), "triton" or "cuda" (float16, bfloat16 or float32, no
-            ``output_scale``; the sum with ``shift`` is not rounded to the dtype) or ``None``, the best available. Where
-            a gradient is needed the reference runs.
+        impl: "reference" (torch's ``group_norm``, then ``silu``), "triton", "cuda" (float16, bfloat16 or float32, no
+            ``output_scale``), "cpu" (float32 or bfloat16, no ``output_scale``) or ``None``, the best available. All but
+            the reference do without rounding the sum with ``shift`` to the dtype. Where a gradient is needed the
+            reference runs.
 
     Returns:
         Shape and dtype of ``x``; int8 where there is an ``output_scale``.
@@ -53,14 +55,20 @@ def group_norm(
         ValueError: An argument's shape, dtype, device or value is not accepted; names it, its value and what is.
     """
     validate(x, num_groups, weight, bias, eps, activation, shift, output_scale)
+    takes_cpu = output_scale is None and (impl is not None or suits_cpu_kernel(x))
     chosen = choose_impl(
         impl, "x", x, weight, bias, shift, cuda_dtypes=KERNEL_DTYPES if output_scale is None else (),
+        cpu_dtypes=cpu_library.DTYPES if takes_cpu else (),
         measured=lambda: measured_impl("group_norm", x.device, **tuned_shape(x)),
     )  # fmt: skip
     if chosen == "cuda":
         from catimage_accel.kernels.group_norm import cuda
 
         return cuda.group_norm(x, num_groups, weight, bias, eps, activation=activation, shift=shift)
+    if chosen == "cpu":
+        from catimage_accel.kernels.group_norm import cpu
+
+        return cpu.group_norm(x, num_groups, weight, bias, eps, activation=activation, shift=shift)
     if chosen == "triton":
         from catimage_accel.kernels.group_norm import triton
 

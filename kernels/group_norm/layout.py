@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -15,3 +16,18 @@ def is_dense(x: Tensor) -> bool:
 def tuned_shape(x: Tensor) -> dict[str, int]:
     """What launch configs and implementations go by: the memory format, then the pixels."""
     return {"channels_last": 1 if x.is_contiguous() else 2, "pixels": math.prod(x.shape[2:])}
+
+
+LEAST_CPU_PIXELS, LEAST_CPU_VALUES = 64, 2**18
+
+
+def suits_cpu_kernel(x: Tensor) -> bool:
+    """Whether the C++ kernel was measured to be faster than torch's, by what one image has: so that the batch does not
+    change how an image is rounded.
+
+    In NC... order torch's is as fast in float32, but for the passes over memory that large images take.
+    """
+    if not x.is_contiguous():
+        return True
+    values = x.stride(0)  # of an image: a cheap question, for it is asked before every small norm
+    return values >= (LEAST_CPU_VALUES if x.dtype == torch.float32 else LEAST_CPU_PIXELS * x.shape[1])
