@@ -10,16 +10,16 @@ OUT ?= out/demo
 
 .PHONY: demo test test-gpu lint bench device-check clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed $(VENV)/cpu-kernels
 	$(BIN)/catimage demo --out $(OUT)
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(VENV)/cpu-kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-gpu: $(VENV)/installed-dev
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
-bench: $(VENV)/installed-dev
+bench: $(VENV)/installed-dev $(VENV)/cpu-kernels
 	$(BIN)/python bench/run.py
 
 # Takes the torch and triton that are there; nothing needs to be installed.
@@ -40,6 +40,12 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) --editable '.[dev]'
 	touch $@
+
+# Everything works without them, too.
+$(VENV)/cpu-kernels: $(VENV)/installed kernels/build.py $(wildcard csrc/cpu/*)
+	@echo "building the C++ kernels for the CPU"
+	@$(BIN)/python kernels/build.py cpu || echo "going on without them"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

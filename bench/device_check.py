@@ -38,11 +38,11 @@ SAVE_EVERY = 5.0
 
 def build_cuda() -> None:
     """Compiles the CUDA kernels where nvcc is there and they are not, as they are now; before they are imported."""
-    script = ROOT / "kernels" / "cuda" / "build.py"
-    build = runpy.run_path(str(script))
-    if not build["LIBRARY"].exists() or build["is_stale"](build["LIBRARY"]):
+    script = ROOT / "kernels" / "build.py"
+    library = runpy.run_path(str(script))["CUDA"]
+    if not library.path.exists() or library.is_stale(library.path):
         start = time.monotonic()
-        run = subprocess.run([sys.executable, script], capture_output=True, text=True)
+        run = subprocess.run([sys.executable, script, "cuda"], capture_output=True, text=True)
         print((run.stdout + run.stderr).strip()[-2000:], f"({time.monotonic() - start:.0f} s)", flush=True)
 
 

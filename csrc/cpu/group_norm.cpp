@@ -20,6 +20,7 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kRun = 4096;          // values that are read twice in turn, so that they stay in the first-level cache
 constexpr int64_t kLeastPixels = 32;    // of a chunk: moments of fewer would be as much to write as x is to read
+constexpr int64_t kMostPixels = 64;     // more would round a float32 sum of them too much
 constexpr int64_t kValuesAThread = 16384;  // what is worth waking a thread for
 
 // The widest instructions that the library was built for and the processor has.
@@ -101,9 +102,11 @@ struct Affines {
   // For one channel of a group whose moments, shift included, are given.
   void set(int64_t at, const Parameters& parameters, const Moments& moments, double shift, int64_t channel) {
     const double weight = parameters.weight.empty() ? 1.0 : parameters.weight[channel];
-    centre[at] = static_cast<float>(moments.mean - shift);
+    const double mean = moments.mean - shift;
+    centre[at] = static_cast<float>(mean);
     scale[at] = static_cast<float>(weight / std::sqrt(moments.squares / moments.count + parameters.eps));
-    bias[at] = parameters.bias.empty() ? 0.0f : parameters.bias[channel];
+    const double given = parameters.bias.empty() ? 0.0 : parameters.bias[channel];
+    bias[at] = static_cast<float>(given + (centre[at] - mean) * scale[at]);  // with what the centre was rounded by
   }
 
   Affine from(int64_t at) const { return {&centre[at], &scale[at], &bias[at]}; }
@@ -125,7 +128,8 @@ void normalise_contiguous(const T* x, T* y, int64_t batch, int64_t channels, int
       const auto add = [&](int64_t begin, int64_t end, double shift) {
         for (int64_t at = begin; at < end; at += kRun) {
           const int64_t values = std::min(kRun, end - at);
-          float mean, squares;
+          double mean;
+          float squares;
           run.row_moments(from + at, values, &mean, &squares);
           moments.merge(static_cast<double>(values), mean + shift, squares);
         }
@@ -153,7 +157,7 @@ void normalise_channels_last(const T* x, T* y, int64_t batch, int64_t channels, 
                              const Parameters& parameters) {
   const auto& run = kernels<T>();
   const int64_t width = channels / parameters.groups;
-  const int64_t chunk = std::min(pixels, std::max(kLeastPixels, kRun / channels));
+  const int64_t chunk = std::min(pixels, std::clamp(kRun / channels, kLeastPixels, kMostPixels));
   const int64_t chunks = ceil_div(pixels, chunk);
   const int64_t grain = std::max<int64_t>(1, kValuesAThread / (chunk * channels));
   const auto pixels_of = [&](int64_t index) { return std::min(chunk, pixels - index % chunks * chunk); };
@@ -161,7 +165,8 @@ void normalise_channels_last(const T* x, T* y, int64_t batch, int64_t channels, 
     return (index / chunks * pixels + index % chunks * chunk) * channels;
   };
 
-  std::vector<float> means(batch * chunks * channels), squares(batch * chunks * channels);
+  std::vector<double> means(batch * chunks * channels);
+  std::vector<float> squares(batch * chunks * channels);
   torch::stable::parallel_for(0, batch * chunks, grain, [&](int64_t first, int64_t last) {
     for (int64_t index = first; index < last; ++index) {
       run.pixel_moments(x + offset_of(index), pixels_of(index), channels, &means[index * channels],

@@ -54,20 +54,28 @@ inline float finished(float y) {
   return silu ? y / (1.0f + exponential(-y)) : y;
 }
 
+// A sum in float32 misses the mean by what it rounds. The sum of the distances from it tells by how much.
+inline double exact_mean(float centre, float missed, double values) { return centre + missed / values; }
+
+inline float centred_on_the_mean(float squares, float missed, float values) {
+  return squares - missed * (missed / values);
+}
+
 template <typename T>
-void row_moments(const T* x, int64_t values, float* mean, float* squares) {
+void row_moments(const T* x, int64_t values, double* mean, float* squares) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < values; ++i) sum += widened(x[i]);
   const float centre = sum / static_cast<float>(values);
-  float centred = 0.0f;
-#pragma omp simd reduction(+ : centred)
+  float missed = 0.0f, centred = 0.0f;
+#pragma omp simd reduction(+ : missed, centred)
   for (int64_t i = 0; i < values; ++i) {
     const float delta = widened(x[i]) - centre;
+    missed += delta;
     centred += delta * delta;
   }
-  *mean = centre;
-  *squares = centred;
+  *mean = exact_mean(centre, missed, static_cast<double>(values));
+  *squares = centred_on_the_mean(centred, missed, static_cast<float>(values));
 }
 
 template <bool silu, typename T>
@@ -88,7 +96,7 @@ void apply_rows(const T* x, T* y, int64_t channels, int64_t pixels, const Affine
 
 // Of `width` channels that are kept in registers: kTile, known at compile time, or what is left.
 template <typename T>
-inline void tile_moments(const T* __restrict x, int64_t pixels, int64_t channels, int width, float* __restrict mean,
+inline void tile_moments(const T* __restrict x, int64_t pixels, int64_t channels, int width, double* __restrict mean,
                          float* __restrict squares) {
   float sums[kTile] = {};
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
@@ -97,28 +105,31 @@ inline void tile_moments(const T* __restrict x, int64_t pixels, int64_t channels
     for (int c = 0; c < width; ++c) sums[c] += widened(row[c]);
   }
   const float share = 1.0f / static_cast<float>(pixels);
-  for (int c = 0; c < width; ++c) mean[c] = sums[c] * share;
-  float centres[kTile], centred[kTile] = {};
-  for (int c = 0; c < width; ++c) centres[c] = mean[c];
+  float centres[kTile], missed[kTile] = {}, centred[kTile] = {};
+  for (int c = 0; c < width; ++c) centres[c] = sums[c] * share;
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
     const T* row = x + pixel * channels;
 #pragma omp simd
     for (int c = 0; c < width; ++c) {
       const float delta = widened(row[c]) - centres[c];
+      missed[c] += delta;
       centred[c] += delta * delta;
     }
   }
-  for (int c = 0; c < width; ++c) squares[c] = centred[c];
+  for (int c = 0; c < width; ++c) {
+    mean[c] = exact_mean(centres[c], missed[c], static_cast<double>(pixels));
+    squares[c] = centred_on_the_mean(centred[c], missed[c], static_cast<float>(pixels));
+  }
 }
 
 template <typename T>
-void pixel_moments(const T* x, int64_t pixels, int64_t channels, float* mean, float* squares) {
+void pixel_moments(const T* x, int64_t pixels, int64_t channels, double* mean, float* squares) {
   int64_t c = 0;
   for (; c + kTile <= channels; c += kTile) tile_moments(x + c, pixels, channels, kTile, mean + c, squares + c);
   if (c < channels) tile_moments(x + c, pixels, channels, static_cast<int>(channels - c), mean + c, squares + c);
 }
 
-void merge_moments(const float* means, const float* squares, int64_t pixels, int64_t chunk, int64_t channels,
+void merge_moments(const double* means, const float* squares, int64_t pixels, int64_t chunk, int64_t channels,
                    double* __restrict mean, double* __restrict sum) {
   for (int64_t c = 0; c < channels; ++c) {
     mean[c] = means[c];
@@ -130,7 +141,7 @@ void merge_moments(const float* means, const float* squares, int64_t pixels, int
     const double left = static_cast<double>(pixels - begin), full = static_cast<double>(chunk);
     const double added = left < full ? left : full, before = static_cast<double>(begin);
     const double share = added / (before + added), weight = before * share;
-    const float* __restrict new_means = means;
+    const double* __restrict new_means = means;
     const float* __restrict new_squares = squares;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {

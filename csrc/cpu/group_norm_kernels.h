@@ -21,14 +21,15 @@ struct Affine {
 template <typename T>
 struct GroupNormKernels {
   // Mean and centred sum of squares of `values` values that lie side by side.
-  void (*row_moments)(const T* x, int64_t values, float* mean, float* squares);
+  void (*row_moments)(const T* x, int64_t values, double* mean, float* squares);
   // x and y are (channels, pixels).
   void (*apply_rows)(const T* x, T* y, int64_t channels, int64_t pixels, const Affine& affine, bool silu);
   // Mean and centred sum of squares of each channel over some pixels; x is (pixels, channels).
-  void (*pixel_moments)(const T* x, int64_t pixels, int64_t channels, float* mean, float* squares);
+  void (*pixel_moments)(const T* x, int64_t pixels, int64_t channels, double* mean,
+                        float* squares);
   // Merges the moments of chunks, (chunks, channels), into those of each channel (Chan et al. 1983). Each has as many
   // pixels as `chunk`, but the last.
-  void (*merge_moments)(const float* means, const float* squares, int64_t pixels, int64_t chunk, int64_t channels,
+  void (*merge_moments)(const double* means, const float* squares, int64_t pixels, int64_t chunk, int64_t channels,
                         double* mean, double* sum);
   // x and y are (pixels, channels).
   void (*apply_pixels)(const T* x, T* y, int64_t pixels, int64_t channels, const Affine& affine, bool silu);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import torch
@@ -12,11 +13,23 @@ from catimage_accel.kernels.built import is_built
 __all__ = ["BUILT", "DTYPES", "load"]
 
 DTYPES = (torch.float32, torch.bfloat16)
-# A constant, not a function: torch.compile cannot trace a look at the disk.
-BUILT = is_built(CPU)
 
 
 @cache
 def load() -> None:
     """Registers the ops."""
     torch.ops.load_library(CPU.path)
+
+
+def _loads() -> bool:
+    """Whether it fits this machine; a warning says where not: ``accelerate`` takes it wherever it is."""
+    try:
+        load()
+    except OSError as error:
+        warnings.warn(f"{CPU.path} is not used: {error}; rebuild: {CPU.how_to_build}", UserWarning, stacklevel=2)
+        return False
+    return True
+
+
+# A constant, not a function: torch.compile cannot trace a look at the disk.
+BUILT = is_built(CPU) and _loads()

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from catimage_accel.kernels import attention, cuda, group_norm
-from catimage_accel.kernels.cuda import build
+from catimage_accel.kernels.build import CUDA
 from catimage_accel.kernels.dispatch import choose_impl
 
-needs_nvcc = pytest.mark.skipif(build.why_not() is not None, reason=f"the CUDA kernels: {build.why_not()}")
+needs_nvcc = pytest.mark.skipif(CUDA.why_not() is not None, reason=f"the CUDA kernels: {CUDA.why_not()}")
 KERNELS = 3 * 2 * 3 + 1  # of group_norm: one_pass, moments and apply for three dtypes and two memory formats; combine
 ATTENTION_KERNELS = 2 * 7  # two dtypes, four head_dims, all but one with stages of two sizes
 
@@ -24,7 +24,8 @@ FAKES = """
 import sys
 from pathlib import Path
 import catimage_accel.kernels.cuda as cuda
-cuda.LIBRARY, cuda.BUILT = Path(sys.argv[1]), True
+from catimage_accel.kernels.build import CUDA
+CUDA.path, cuda.BUILT = Path(sys.argv[1]), True
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -54,12 +55,15 @@ except ValueError as error:
     "architectures",
     [
         pytest.param(("arch=compute_90a,code=sm_90a",), id="sm_90a"),
-        pytest.param(build.ARCHITECTURES, id="all", marks=pytest.mark.slow),
+        pytest.param(CUDA.architectures, id="all", marks=pytest.mark.slow),
     ],
 )
-def test_builds_without_spills_and_loads_without_a_gpu(architectures: tuple[str, ...], tmp_path: Path) -> None:
+def test_builds_without_spills_and_loads_without_a_gpu(
+    architectures: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = tmp_path / "kernels.so"
-    said = build.compile_library(library, architectures)
+    monkeypatch.setattr(CUDA, "architectures", architectures)
+    said = CUDA.compile(library)
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     chips = sum("code=sm" in name for name in architectures)
     assert spills == [("0", "0", "0")] * (KERNELS + ATTENTION_KERNELS) * chips
@@ -70,7 +74,7 @@ def test_builds_without_spills_and_loads_without_a_gpu(architectures: tuple[str,
     assert max(others) <= 128  # what leaves room for blocks of 512 threads
     assert max(attention_registers) <= 255  # for two blocks of 128
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.so"]
-    assert not build.is_stale(library)
+    assert not CUDA.is_stale(library)
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -88,22 +92,11 @@ def test_builds_without_spills_and_loads_without_a_gpu(architectures: tuple[str,
 
 
 @needs_nvcc
-def test_what_does_not_compile_leaves_no_library(tmp_path: Path) -> None:
+def test_what_does_not_compile_leaves_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CUDA, "architectures", ["arch=compute_1,code=sm_1"])
     with pytest.raises(RuntimeError, match=r"(?s)nvcc failed:.*compute_1"):
-        build.compile_library(tmp_path / "kernels.so", ["arch=compute_1,code=sm_1"])
+        CUDA.compile(tmp_path / "kernels.so")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
-    assert build.why_not() == "nvcc was not found"
-    monkeypatch.setattr(build, "find_nvcc", lambda: tmp_path)
-    monkeypatch.setattr(build, "find_torch", lambda: tmp_path)
-    assert build.why_not() == f"the PyTorch in {tmp_path} has no headers of the stable ABI"
-    monkeypatch.setattr(build, "find_torch", lambda: None)
-    assert str(build.why_not()).startswith("PyTorch is not installed where this is built; once it is: python -m")
-    with pytest.raises(RuntimeError, match="the CUDA kernels cannot be built: PyTorch is not installed"):
-        build.compile_library(tmp_path / "kernels.so")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from test_group_norm import SHAPES, channels_last, formula, inputs, torchs
 from torch import Tensor
 
 from catimage_accel.kernels import attention, cuda, dispatch, group_norm
+from catimage_accel.kernels.build import CUDA
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +23,7 @@ LARGE = [
     pytest.param((1, 2560, 32, 33), 32, 0.0, id="channels of odd length"),
 ]
 IMPLS = [
-    pytest.param("cuda", marks=pytest.mark.skipif(not cuda.BUILT, reason=f"not built: {cuda.HOW_TO_BUILD}")),
+    pytest.param("cuda", marks=pytest.mark.skipif(not cuda.BUILT, reason=f"not built: {CUDA.how_to_build}")),
     pytest.param("triton", marks=pytest.mark.skipif(dispatch.TRITON_INTERPRETS, reason="TRITON_INTERPRET is set")),
 ]
 on_devices = pytest.mark.parametrize("impl", IMPLS)
@@ -103,7 +104,7 @@ def test_in_a_cuda_graph_and_compiled(impl: str) -> None:
     assert torch.equal(captured, group_norm(x, 8, weight, bias, activation="silu", impl=impl))
 
 
-@pytest.mark.skipif(not cuda.BUILT, reason=f"not built: {cuda.HOW_TO_BUILD}")
+@pytest.mark.skipif(not cuda.BUILT, reason=f"not built: {CUDA.how_to_build}")
 def test_opcheck_on_a_device() -> None:
     x, weight, bias = to_device("NC", *inputs((2, 8, 5, 6)))
     group_norm(x, 4, impl="cuda")
@@ -145,7 +146,7 @@ def test_attention_on_a_device_of_nothing(sizes: tuple[int, int, int], impl: str
     assert not ours.any()
 
 
-@pytest.mark.skipif(not cuda.BUILT, reason=f"not built: {cuda.HOW_TO_BUILD}")
+@pytest.mark.skipif(not cuda.BUILT, reason=f"not built: {CUDA.how_to_build}")
 def test_opcheck_of_attention_on_a_device() -> None:
     q, k, v = (x.cuda() for x in test_attention.inputs(2, 20, 77, 2, 40, torch.float16))
     attention(q, k, v, impl="cuda")

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from test_attention import formula, inputs, torchs
 from torch import Tensor
 
-from catimage_accel.kernels.cuda import build
+from catimage_accel.kernels.build import CUDA
 
 DTYPES = [torch.float16, torch.bfloat16]
 MARGIN = 64  # NaN around q, k, v and the result: what is read or written beyond them shows
 HEAD_DIMS = [40, 64, 80, 160]
 
-pytestmark = pytest.mark.skipif(build.find_nvcc() is None, reason="nvcc was not found")
+pytestmark = pytest.mark.skipif(CUDA.find_compiler() is None, reason="nvcc was not found")
 
 Emulate = Callable[..., Tensor]
 

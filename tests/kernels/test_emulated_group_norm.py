@@ -13,14 +13,14 @@ from emulation import compile_emulation
 from test_group_norm import SHAPES, channels_last, formula, inputs, torchs
 from torch import Tensor
 
-from catimage_accel.kernels.cuda import build
+from catimage_accel.kernels.build import CUDA
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MARGIN = 64  # NaN around x and y: what is read beyond x shows, and so does what is written beyond y
 EMPTY = ("empty batch", "no pixels")  # nothing is launched
 HOPPER, AMPERE = 8, 1  # blocks that can share memory
 
-pytestmark = pytest.mark.skipif(build.find_nvcc() is None, reason="nvcc was not found")
+pytestmark = pytest.mark.skipif(CUDA.find_compiler() is None, reason="nvcc was not found")
 
 
 @dataclass(frozen=True)

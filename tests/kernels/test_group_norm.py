@@ -227,7 +227,7 @@ def test_compiles_whole(impl: str) -> None:
         ({"eps": float("nan")}, r"eps is nan; accepted: a finite number of 0 or more"),
         ({"eps": -1.0}, r"eps is -1.0"),
         ({"activation": "relu"}, r"activation is 'relu'; accepted: None, 'silu'"),
-        ({"impl": "cudnn"}, r"impl is 'cudnn'; accepted: 'reference', 'triton', 'cuda' or None"),
+        ({"impl": "cudnn"}, r"impl is 'cudnn'; accepted: 'reference', 'triton', 'cuda', 'cpu' or None"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
