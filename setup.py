@@ -55,8 +55,8 @@ class Wheel(bdist_wheel):
 def extension(name: str) -> Extension:
     """``catimage_accel.kernels.cuda.catimage_accel_cuda`` and its like."""
     here, library = Path(__file__).parent.resolve(), LIBRARIES[name]
-    sources = [str(path.relative_to(here)) for path in sorted(library.sources.iterdir()) if path.suffix in (".cu", ".cpp")]
-    return Extension(f"catimage_accel.kernels.{name}.{library.path.stem}", sources)
+    sources = [path.relative_to(here) for path in sorted(library.sources.iterdir()) if path.suffix in (".cu", ".cpp")]
+    return Extension(f"catimage_accel.kernels.{name}.{library.path.stem}", [str(path) for path in sources])
 
 
 kernel_packages = ["catimage_accel.kernels", *(f"catimage_accel.kernels.{name}" for name in find_packages("kernels"))]

@@ -1,12 +1,12 @@
 """What ``accelerate`` costs or saves where there is no GPU: the same models untouched and accelerated, in turns.
 
-    python bench/bench_cpu.py [--seconds 20] [--threads 1] [--dtype bfloat16 --channels-last]
+    python bench/bench_cpu.py [--seconds 20] [--threads 1] [--dtype bfloat16 --channels-last] [--sd15]
 
 The built-in catalog's models, a whole picture of its teacher through diffusers' own pipeline, and a UNet of 3 million
-parameters. One and the same object is accelerated and restored between the rounds, so that neither variant has luckier
-memory. Each round takes both, in random order: some calls until Python has settled on the changed classes, then as many
-as take some hundredths of a second, in the process's CPU time. Results go to ``bench/results/cpu/``, or to the folder
-that the environment variable OUT names.
+parameters; or SD1.5's UNet at 512x512, with random weights. One and the same object is accelerated and restored between
+the rounds, so that neither variant has luckier memory. Each round takes both, in random order: some calls until Python
+has settled on the changed classes, then as many as take some hundredths of a second, in the process's CPU time. Results
+go to ``bench/results/cpu/``, or to the folder that the environment variable OUT names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ map_package()
 
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from families import TINY  # noqa: E402
+from families import SD15, TINY, Family  # noqa: E402
 from interleaved import Times  # noqa: E402
 from reporting import about, print_table, result_file, save  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -59,13 +59,20 @@ def cases(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[Case]:
     for rows in ROWS:
         latents = torch.randn(rows, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2, dtype=dtype)
         yield f"decoder, {rows} images", pipe, partial(pipe.vae.decode, latents)
-    unet = TINY.new_unet(CPU, dtype).to(memory_format=layout)
-    millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
-    for rows in ROWS:
-        conditions = TINY.new_conditions(rows, CPU, dtype)
-        text = conditions["encoder_hidden_states"]
-        yield f"UNet of {millions:.1f} M, {rows} rows", SimpleNamespace(unet=unet), partial(run_unet, unet, rows, text)
+    yield from family_cases(TINY, dtype, layout, ROWS)
     yield f"picture, {STEPS} steps", pipe, partial(pipe, PROMPT, num_inference_steps=STEPS, output_type="np")
+
+
+def family_cases(
+    family: Family, dtype: torch.dtype, layout: torch.memory_format, rows: Sequence[int]
+) -> Iterator[Case]:
+    """Of a UNet with random weights."""
+    unet = family.new_unet(CPU, dtype).to(memory_format=layout)
+    millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
+    for number in rows:
+        text = family.new_conditions(number, CPU, dtype)["encoder_hidden_states"]
+        call = partial(run_unet, unet, number, text)
+        yield f"UNet of {millions:.1f} M, {number} rows", SimpleNamespace(unet=unet), call
 
 
 def load(
@@ -139,6 +146,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all models")
     parser.add_argument("--channels-last", action="store_true", help="UNets and decoder in that memory format")
+    parser.add_argument("--sd15", action="store_true", help="SD1.5's UNet, 2 rows, instead")
     args = parser.parse_args()
     dtype: torch.dtype = getattr(torch, args.dtype)
     layout = torch.channels_last if args.channels_last else torch.preserve_format
@@ -147,7 +155,7 @@ def main() -> None:
     facts = about(CPU, dtype) | {"channels_last": args.channels_last}
     rows = []
     path = result_file("accelerate", CPU, facts["date"])
-    for case in cases(dtype, layout):
+    for case in family_cases(SD15, dtype, layout, (2,)) if args.sd15 else cases(dtype, layout):
         rows.append(measure(case, args.seconds))
         save(path, facts, rows)
     table = [

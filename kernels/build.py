@@ -1,8 +1,8 @@
-"""Compiles ``csrc/`` into the libraries of kernels: ``python -m catimage_accel.kernels.cuda``, and ``....kernels.cpu``.
+"""Compiles ``csrc/`` into the libraries of kernels: ``python -m catimage_accel.kernels.cuda``, and ``cpu`` likewise.
 
-They take nvcc, or a C++ compiler, and the headers of any PyTorch, also one without CUDA; no GPU. LibTorch's stable ABI is
-all that is used, so the libraries outlive an update of PyTorch. Only the standard library is imported: ``setup.py`` runs
-this file too, where neither this package nor PyTorch need be installed. ``python build.py cuda`` builds by itself.
+They take nvcc, or a C++ compiler, and the headers of any PyTorch, also one without CUDA; no GPU. LibTorch's stable ABI
+is all that is used, so the libraries outlive an update of PyTorch. Only the standard library is imported: ``setup.py``
+runs this file too, where neither this package nor PyTorch need be installed. ``python build.py cuda`` builds by itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -161,7 +161,7 @@ class CpuLibrary(Library):
              "-fno-math-errno", "-fno-trapping-math", *STABLE_ABI)
     x86_64 = platform.machine().lower() in ("x86_64", "amd64")
     # Namespace of the compiled loops -> the instructions that they may use, beside those that every processor has.
-    instruction_sets = {
+    instruction_sets: Mapping[str, tuple[str, ...]] = {
         "baseline": (),
         **({
             "x86_64_v3": ("-march=x86-64-v3",),

@@ -79,8 +79,8 @@ def test_any_shape(
     shift = torch.randn(x.shape[:2], generator=torch.Generator().manual_seed(1)).to(dtype) if with_shift else None
     ours = group_norm(x, groups, weight, bias, eps, activation=activation, shift=shift, impl="cpu")
     arguments = (x, groups, weight, bias, eps, activation, shift)
-    # Of a few values torch's result may be right to the bit by chance: so the bound is one of its own, and stricter than
-    # the accuracy rule in that it does not grow with the mean.
+    # Of a few values torch's result may be right to the bit by chance: so the bound is one of its own. It is stricter
+    # than the accuracy rule in that it does not grow with the mean.
     magnitude = formula(x, groups, weight, None, eps, None, shift).abs().max() + bias.double().abs().max()
     allowed = (torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps) * magnitude
     assert largest_error(ours, formula(*arguments)) <= allowed

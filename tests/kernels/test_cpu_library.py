@@ -1,4 +1,4 @@
-"""The library of C++ kernels for the CPU: built for every instruction set, loaded, and not taken where it does not fit."""
+"""The library of C++ kernels for the CPU: right with every instruction set, and not taken where it does not load."""
 
 from __future__ import annotations
 
