@@ -87,7 +87,7 @@ def _check_native(
         raise ValueError(f"impl is {impl!r}, but its kernels are not built: {library.how_to_build}")
     if x.dtype not in dtypes:
         raise ValueError(f"{name} has dtype {x.dtype}; impl {impl!r} accepts {', '.join(map(str, dtypes))}")
-    if x.device.type != impl:
+    if not (x.is_cuda if impl == "cuda" else x.is_cpu):
         raise ValueError(f"{name} is on {x.device}; impl {impl!r} accepts {library.kind} tensors")
 
 
