@@ -39,7 +39,7 @@ class CandidateFields(Strict):
     lora_scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
     vae: _Part = OWN_VAE
     engine: Literal[
-        "auto", "eager", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "triton"
+        "auto", "eager", "fused", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "triton"
     ] = "auto"
     precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
     quantization: Annotated[str, Field(min_length=1)] | None = None

@@ -113,7 +113,7 @@ def test_saved_elsewhere_it_still_finds_its_models(tiny_catalog: Path, tmp_path:
         pytest.param("tradeoff = 0.05", "tradeoff = inf", ["tradeoff is inf", "finite"], id="infinite-tradeoff"),
         pytest.param("euler", "heun", ["'heun'", "'euler_ancestral', 'dpmsolver++' or 'lcm'"], id="unknown-sampler"),
         pytest.param('"fp32"', '"int4"', ["'int4'", "'fp32', 'bf16', 'fp16', 'int8' or 'fp8'"], id="unknown-precision"),
-        pytest.param('"auto"', '"magic"', ["'magic'", "'auto', 'eager', 'compiled'"], id="unknown-engine"),
+        pytest.param('"auto"', '"magic"', ["'magic'", "'auto', 'eager', 'fused', 'compiled'"], id="unknown-engine"),
         pytest.param('"dear-4"', '"cheap-2"', ["'cheap-2' occurs 2 times"], id="same-name-twice"),
         pytest.param('unet = "unet"', 'unet = "../unet"', ["'../unet'"], id="unet-outside-the-model"),
         pytest.param("steps = 4", 'steps = 4\nvae = "../vae"', ["vae is '../vae'"], id="vae-outside-the-model"),

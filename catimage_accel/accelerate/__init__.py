@@ -8,6 +8,6 @@ can be told from the modules alone, whichever pipelines share them.
 from __future__ import annotations
 
 from catimage_accel.accelerate.report import AccelerationReport, acceleration_report
-from catimage_accel.accelerate.swap import accelerate, restore
+from catimage_accel.accelerate.swap import accelerate, fuse, restore
 
-__all__ = ["AccelerationReport", "accelerate", "acceleration_report", "restore"]
+__all__ = ["AccelerationReport", "accelerate", "acceleration_report", "fuse", "restore"]

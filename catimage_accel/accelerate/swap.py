@@ -1,4 +1,4 @@
-"""``accelerate`` and ``restore``."""
+"""``accelerate`` and ``restore``, and what the former does to one model."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ def accelerate(
         swap_text_encoder(encoder)
     for _, component in models:
         _restore_classes(component, deep_blocks.ORIGINALS)
-        swap_attention(component)
-        swap_resnets(component)
-        swap_transformers(component)
+        fuse(component)
     swap_forwards(pipe, tier, mode, cuda_graphs)
     foreign = {
         name: processor
@@ -108,6 +106,13 @@ def accelerate(
             stacklevel=2,
         )
     return pipe
+
+
+def fuse(component: nn.Module) -> None:
+    """Swaps the fused kernels into one model; attention layers whose processors someone set stay as they are."""
+    swap_attention(component)
+    swap_resnets(component)
+    swap_transformers(component)
 
 
 def restore(pipe: Pipeline) -> Pipeline:

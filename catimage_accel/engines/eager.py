@@ -23,7 +23,7 @@ from catimage_accel.engines.loading import (
     read_config,
 )
 from catimage_accel.engines.protocol import DeepFeatures, EncodedPrompt, KeyValue, TextBatch, TextState
-from catimage_accel.engines.text import CachedText
+from catimage_accel.engines.text import CachedText, attend
 from catimage_accel.engines.text_encoders import TextEncoders
 from catimage_accel.lora import UNetPart
 from catimage_accel.quantize.fake import fake_quantized
@@ -72,6 +72,7 @@ class EagerEngine:
     name = "eager"
     batch_invariant = False  # PyTorch chooses other kernels for other numbers of rows
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
+    attend = staticmethod(attend)  # what mixes a prompt's keys and values
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class EagerEngine:
         if (scales := Component(model, "unet", unet, precision, quantization).scales) is not None:
             loaded = fake_quantized(loaded, scales)
         self.unet = loaded.to(device=self.device, memory_format=torch.channels_last)
-        self._text = CachedText(self.unet)
+        self._text = CachedText(self.unet, self.attend)
         self._states: WeakValueDictionary[str, TextState] = WeakValueDictionary()
         self._unconditional: TextState | None = None  # every guided image needs it: kept, unlike the prompts' states
 

@@ -25,6 +25,7 @@ __all__ = ["ENGINES", "LoadedEngines", "find_runtime", "precisions_of"]
 # Engine -> "module:class" of one in PyTorch, made as EagerEngine is.
 _IN_TORCH = {
     "eager": "catimage_accel.engines.eager:EagerEngine",
+    "fused": "catimage_accel.engines.fused:FusedEngine",
     "compiled": "catimage_accel.engines.compiled:CompiledEngine",
     "triton": "catimage_accel.engines.triton_int8:TritonInt8Engine",
 }

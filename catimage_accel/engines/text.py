@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,7 +10,15 @@ from torch import Tensor, nn
 
 from catimage_accel.engines.protocol import KeyValue, TextBatch
 
-__all__ = ["CachedText"]
+__all__ = ["Attend", "CachedText", "attend"]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(queries, keys, values) -> their mixture, all of (rows, tokens, heads, head_dim)."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """PyTorch's."""
+    return F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (query, key, value))).transpose(1, 2)
 
 
 class CachedText:
@@ -20,7 +29,7 @@ class CachedText:
     queries, a processor that isn't diffusers' plain one) are left as they are and read ``encoder_hidden_states``.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, attend: Attend = attend) -> None:
         from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
         plain = (AttnProcessor, AttnProcessor2_0)
@@ -31,7 +40,7 @@ class CachedText:
             if isinstance(module, Attention) and isinstance(module.processor, plain) and _is_plain_cross(module)
         ]
         for index, layer in enumerate(self._layers):
-            layer.set_processor(_CachedCrossAttention(self, index))
+            layer.set_processor(_CachedCrossAttention(self, index, attend))
 
     def keys_values(self, hidden: Tensor) -> list[KeyValue]:
         """Every layer's keys and values, (prompts, tokens, heads, head_dim), of ``hidden`` (prompts, tokens, dim)."""
@@ -40,8 +49,8 @@ class CachedText:
 
 
 class _CachedCrossAttention:
-    def __init__(self, text: CachedText, index: int) -> None:
-        self._text = text
+    def __init__(self, text: CachedText, index: int, attend: Attend) -> None:
+        self._text, self._attend = text, attend
         self._index = index
 
     def __call__(
@@ -50,9 +59,8 @@ class _CachedCrossAttention:
         assert self._text.current is not None
         key, value = self._text.current.layers[self._index]
         rows, positions, _ = hidden_states.shape
-        query = attn.to_q(hidden_states).view(rows, positions, attn.heads, -1).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query, key.transpose(1, 2), value.transpose(1, 2))
-        return attn.to_out[0](mixed.transpose(1, 2).reshape(rows, positions, -1))
+        query = attn.to_q(hidden_states).view(rows, positions, attn.heads, -1)
+        return attn.to_out[0](self._attend(query, key, value).reshape(rows, positions, -1))
 
 
 def _is_plain_cross(attn: Any) -> bool:

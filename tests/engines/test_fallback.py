@@ -168,7 +168,7 @@ def test_eager_is_the_last_resort(tiny_sd_folder: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("engine", "precision", "message"),
     [
-        pytest.param("fast", "fp32", "engine is 'fast'; accepted: eager, compiled, triton, onnxruntime", id="engine"),
+        pytest.param("fast", "fp32", "engine is 'fast'; accepted: eager, fused, compiled, triton, onnx", id="engine"),
         pytest.param("onnxruntime", "bf16", "precision is 'bf16' with engine 'onnxruntime'; accepted: fp32, int8",
                      id="one"),
         pytest.param("compiled", "int8", "precision is 'int8' with engine 'compiled'; accepted: fp32, bf16", id="two"),
@@ -199,7 +199,7 @@ def test_scales_are_checked(tiny_sd_folder: Path, tiny_int8: Path, engine_cache:
 def test_every_engine_has_precisions() -> None:
     for engine in ENGINES:
         assert ("int8" if engine == "triton" else "fp32") in precisions_of(engine)
-    for engine in ENGINES[3:]:
+    for engine in ENGINES[4:]:
         assert find_runtime(engine).name == engine
     with pytest.raises(ValueError, match="engine is 'eager'; accepted: onnxruntime"):
         find_runtime("eager")

@@ -15,7 +15,8 @@ from catimage_accel.executor import Executor, Job
 
 GRAPHS = [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("openvino", "bf16"),
           ("openvino", "int8")]  # fmt: skip
-ENGINES = [pytest.param(*pair, id=" ".join(pair)) for pair in GRAPHS]
+FUSED = [("fused", "fp32"), ("fused", "bf16")]
+ENGINES = [pytest.param(*pair, id=" ".join(pair)) for pair in (*GRAPHS, *FUSED)]
 # How much further from float32 than PyTorch in that precision: other sums round otherwise, and what lies on the edge
 # between two integers falls to either side.
 BOUND = 1.25
