@@ -18,9 +18,10 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kRun = 4096;          // values that are read twice in turn, so that they stay in the first-level cache
-constexpr int64_t kLeastPixels = 32;    // of a chunk: moments of fewer would be as much to write as x is to read
-constexpr int64_t kMostPixels = 64;     // more would round a float32 sum of them too much
+constexpr int64_t kRun = 4096;  // values that are read twice in turn, so that they stay in the first-level cache
+constexpr int64_t kLeastPixels = 32;  // of a chunk: moments of fewer would be as much to write as x is to read
+constexpr int64_t kMostPixels = 64;  // more would round a float32 sum of them too much
+constexpr int64_t kVectors = 64;  // channels that fill the vectors of every instruction set, and a tile
 constexpr int64_t kValuesAThread = 16384;  // what is worth waking a thread for
 
 // The widest instructions that the library was built for and the processor has.
@@ -150,13 +151,23 @@ void normalise_contiguous(const T* x, T* y, int64_t batch, int64_t channels, int
   });
 }
 
+// How many pixels that lie side by side are taken as one of so many more channels, so that vectors are filled.
+int64_t side_by_side(int64_t channels, int64_t pixels) {
+  for (int64_t together = 1; together <= 16; together *= 2) {
+    if (pixels % together == 0 && channels * together % kVectors == 0) return together;
+  }
+  return 1;
+}
+
 // N...C memory: an image is cut into chunks of pixels. All threads take moments of chunks, then images are merged, then
 // all threads normalise chunks.
 template <typename T>
-void normalise_channels_last(const T* x, T* y, int64_t batch, int64_t channels, int64_t pixels,
+void normalise_channels_last(const T* x, T* y, int64_t batch, int64_t own_channels, int64_t own_pixels,
                              const Parameters& parameters) {
   const auto& run = kernels<T>();
-  const int64_t width = channels / parameters.groups;
+  const int64_t width = own_channels / parameters.groups;
+  const int64_t together = side_by_side(own_channels, own_pixels);
+  const int64_t channels = own_channels * together, pixels = own_pixels / together;
   const int64_t chunk = std::min(pixels, std::clamp(kRun / channels, kLeastPixels, kMostPixels));
   const int64_t chunks = ceil_div(pixels, chunk);
   const int64_t grain = std::max<int64_t>(1, kValuesAThread / (chunk * channels));
@@ -181,14 +192,21 @@ void normalise_channels_last(const T* x, T* y, int64_t batch, int64_t channels, 
     for (int64_t image = first; image < last; ++image) {
       const int64_t partial = image * chunks * channels;
       run.merge_moments(&means[partial], &squares[partial], pixels, chunk, channels, mean.data(), sum.data());
-      for (int64_t begin = 0; begin < channels; begin += width) {
+      for (int64_t group = 0; group < own_channels; group += width) {
         Moments moments;
-        for (int64_t c = begin; c < begin + width; ++c) {
-          moments.merge(static_cast<double>(pixels), mean[c] + parameters.shift_of(image, channels, c), sum[c]);
-        }
-        for (int64_t c = begin; c < begin + width; ++c) {
-          affines.set(image * channels + c, parameters, moments, parameters.shift_of(image, channels, c), c);
-        }
+        const auto each = [&](const auto& visit) {
+          for (int64_t begin = group; begin < channels; begin += own_channels) {
+            for (int64_t c = 0; c < width; ++c) {
+              visit(begin + c, group + c, parameters.shift_of(image, own_channels, group + c));
+            }
+          }
+        };
+        each([&](int64_t at, int64_t, double shift) {
+          moments.merge(static_cast<double>(pixels), mean[at] + shift, sum[at]);
+        });
+        each([&](int64_t at, int64_t channel, double shift) {
+          affines.set(image * channels + at, parameters, moments, shift, channel);
+        });
       }
     }
   });

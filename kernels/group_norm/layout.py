@@ -18,7 +18,7 @@ def tuned_shape(x: Tensor) -> dict[str, int]:
     return {"channels_last": 1 if x.is_contiguous() else 2, "pixels": math.prod(x.shape[2:])}
 
 
-LEAST_CPU_PIXELS, LEAST_CPU_VALUES = 64, 2**18
+LEAST_CPU_PIXELS, LEAST_CPU_VALUES = 256, 2**18
 
 
 def suits_cpu_kernel(x: Tensor) -> bool:
