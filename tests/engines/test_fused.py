@@ -96,3 +96,12 @@ def test_shared_parts_stay_as_they_are(tiny_sd_folder: Path) -> None:
     parts: list[Any] = [eager.unet, eager.shared.vae(), *eager.shared.text.encoders]
     classes = {type(module) for part in parts for module in part.modules()}
     assert not any(kind.__module__.startswith("catimage_accel.accelerate") for kind in classes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_eager_engines_results_on_a_device(precision: str, tiny_sd_folder: Path) -> None:
+    exact = denoised(EagerEngine(tiny_sd_folder)).cuda()
+    rounded = denoised(EagerEngine(tiny_sd_folder, precision=precision, device="cuda"))
+    ours = denoised(FusedEngine(tiny_sd_folder, precision=precision, device="cuda"))
+    assert (ours.cuda() - exact).norm() <= 1.25 * (rounded.cuda() - exact).norm() + 1e-5 * exact.norm()
