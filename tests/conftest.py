@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -136,6 +137,27 @@ def tiny_catalog(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     KNNRouter(k=3, shrinkage=0.0).fit(catalog.quality_table()).save(folder / "router")
     catalog.write_checksums()
     return folder
+
+
+@pytest.fixture
+def cpu_norms(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What accelerated models give the CPU's C++ group_norm, outside of Triton's interpreter."""
+    from catimage_accel.accelerate import modules, norms
+    from catimage_accel.kernels import cpu
+    from catimage_accel.kernels.build import CPU
+
+    if not cpu.BUILT:
+        pytest.skip(f"not built: {CPU.how_to_build}")
+    monkeypatch.setattr(modules, "TRITON_INTERPRETS", False)
+    given: list[torch.Tensor] = []
+    plain = norms.cpu_group_norm
+
+    def seen(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        given.append(x)
+        return plain(x, *arguments, **options)
+
+    monkeypatch.setattr(norms, "cpu_group_norm", seen)
+    return given
 
 
 def save_tiny_judge(folder: Path) -> None:

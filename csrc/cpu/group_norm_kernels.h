@@ -25,8 +25,7 @@ struct GroupNormKernels {
   // x and y are (channels, pixels).
   void (*apply_rows)(const T* x, T* y, int64_t channels, int64_t pixels, const Affine& affine, bool silu);
   // Mean and centred sum of squares of each channel over some pixels; x is (pixels, channels).
-  void (*pixel_moments)(const T* x, int64_t pixels, int64_t channels, double* mean,
-                        float* squares);
+  void (*pixel_moments)(const T* x, int64_t pixels, int64_t channels, double* mean, float* squares);
   // Merges the moments of chunks, (chunks, channels), into those of each channel (Chan et al. 1983). Each has as many
   // pixels as `chunk`, but the last.
   void (*merge_moments)(const double* means, const float* squares, int64_t pixels, int64_t chunk, int64_t channels,

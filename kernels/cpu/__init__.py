@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
 
 import torch
 
 from catimage_accel.kernels.build import CPU
 from catimage_accel.kernels.built import is_built
 
-__all__ = ["BUILT", "DTYPES", "load"]
+__all__ = ["BUILT", "DTYPES"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@cache
-def load() -> None:
-    """Registers the ops."""
-    torch.ops.load_library(CPU.path)
-
-
 def _loads() -> bool:
-    """Whether it fits this machine; a warning says where not: ``accelerate`` takes it wherever it is."""
+    """Registers the ops. A warning says where the library does not fit: ``accelerate`` takes it wherever it is."""
     try:
-        load()
+        torch.ops.load_library(CPU.path)
     except OSError as error:
         warnings.warn(f"{CPU.path} is not used: {error}; rebuild: {CPU.how_to_build}", UserWarning, stacklevel=2)
         return False

@@ -1,14 +1,11 @@
-"""``group_norm`` by the C++ kernels of ``csrc/cpu/``, as ``torch.ops.catimage_accel_cpu.group_norm``."""
+"""``group_norm`` by the C++ kernels of ``csrc/cpu/``, as ``torch.ops.catimage_accel_cpu.group_norm``, where built."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from catimage_accel.kernels.cpu import load
 from catimage_accel.kernels.group_norm.layout import is_dense
-
-load()
 
 
 @torch.library.register_fake("catimage_accel_cpu::group_norm")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from catimage_accel.accelerate import accelerate, modules, norms, restore
 from catimage_accel.kernels import cpu
-from catimage_accel.kernels.build import CPU
 
 
 @pytest.fixture
@@ -21,23 +20,6 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(modules, "TRITON_INTERPRETS", False)
     monkeypatch.setattr(cpu, "BUILT", False)
     return on_triton(monkeypatch, "group_norm", "layer_norm")
-
-
-@pytest.fixture
-def cpu_norms(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What the C++ kernel is given."""
-    if not cpu.BUILT:
-        pytest.skip(f"not built: {CPU.how_to_build}")
-    monkeypatch.setattr(modules, "TRITON_INTERPRETS", False)
-    given: list[Tensor] = []
-    plain = norms.cpu_group_norm
-
-    def seen(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        given.append(x)
-        return plain(x, *arguments, **options)
-
-    monkeypatch.setattr(norms, "cpu_group_norm", seen)
-    return given
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

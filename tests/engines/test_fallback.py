@@ -168,7 +168,8 @@ def test_eager_is_the_last_resort(tiny_sd_folder: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("engine", "precision", "message"),
     [
-        pytest.param("fast", "fp32", "engine is 'fast'; accepted: eager, fused, compiled, triton, onnx", id="engine"),
+        pytest.param("fast", "fp32", "engine is 'fast'; accepted: eager, fused, compiled, triton, onnxruntime",
+                     id="engine"),
         pytest.param("onnxruntime", "bf16", "precision is 'bf16' with engine 'onnxruntime'; accepted: fp32, int8",
                      id="one"),
         pytest.param("compiled", "int8", "precision is 'int8' with engine 'compiled'; accepted: fp32, bf16", id="two"),

@@ -99,6 +99,7 @@ def test_a_compiler_that_is_named_comes_first(monkeypatch: pytest.MonkeyPatch, t
     compiler = tmp_path / "my-c++"
     compiler.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
     assert CPU.find_compiler() is None
     monkeypatch.setenv("CXX", "my-c++")
     assert CPU.find_compiler() == compiler

@@ -8,7 +8,7 @@ import pytest
 import test_attention
 import torch
 from test_emulated_attention import SHAPES as ATTENTION_SHAPES
-from test_group_norm import SHAPES, channels_last, formula, inputs, torchs
+from test_group_norm import SHAPES, channels_last, formula, inputs, laid_out, torchs
 from torch import Tensor
 
 from catimage_accel.kernels import attention, cuda, dispatch, group_norm
@@ -32,7 +32,7 @@ in_layouts = pytest.mark.parametrize("layout", ["NC", "channels last"])
 
 def to_device(layout: str, *tensors: Tensor) -> list[Tensor]:
     x, *rest = (tensor.cuda() for tensor in tensors)
-    return [channels_last(x) if layout == "channels last" else x, *rest]
+    return [laid_out(x, layout), *rest]
 
 
 @on_devices
@@ -82,7 +82,7 @@ def test_more_values_than_32_bits_count(groups: int, layout: str, impl: str) -> 
     small, repeats = inputs((1, 8, 2**20), torch.float16)[0].cuda(), 257
     x = small.repeat(1, 1, repeats)
     assert x.numel() > 2**31
-    x = channels_last(x) if layout == "channels last" else x
+    x = laid_out(x, layout)
     ours = group_norm(x, groups, impl=impl)
     expected = formula(small, groups)
     for part in (0, repeats // 2, repeats - 1):

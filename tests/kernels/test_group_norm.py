@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from catimage_accel.kernels import group_norm
+from catimage_accel.kernels import cpu, group_norm
+from catimage_accel.kernels.build import CPU
 
 pytest.importorskip("triton")
 
@@ -32,6 +33,17 @@ SHAPES = [  # shape, groups, mean
     pytest.param((0, 8, 4, 4), 2, 0.0, id="empty batch"),
     pytest.param((2, 8, 0, 4), 2, 0.0, id="no pixels"),
 ]
+
+ON_CPU = pytest.param("cpu", marks=pytest.mark.skipif(not cpu.BUILT, reason=f"not built: {CPU.how_to_build}"))
+in_other_layouts = pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda x: x[:, :, ::2, 1:], id="strided slice"),
+        pytest.param(lambda x: x.transpose(2, 3), id="transposed image"),
+        pytest.param(lambda x: x[:1].expand(3, -1, -1, -1), id="expanded batch"),
+        pytest.param(lambda x: channels_last(x)[:, 4:], id="slice of channels-last channels"),
+    ],
+)
 
 
 def formula(
@@ -65,6 +77,10 @@ def channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    return channels_last(x) if layout == "channels last" else x
+
+
 def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, offset: float = 0.0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator) + offset
@@ -79,7 +95,7 @@ def test_accuracy(
     shape: tuple[int, ...], groups: int, offset: float, layout: str, dtype: torch.dtype, assert_accurate: Any
 ) -> None:
     x, weight, bias = inputs(shape, dtype, offset)
-    x = channels_last(x) if layout == "channels last" else x
+    x = laid_out(x, layout)
     for activation in (None, "silu"):
         ours = group_norm(x, groups, weight, bias, activation=activation, impl="triton")
         arguments = (x, groups, weight, bias, 1e-5, activation)
@@ -87,13 +103,14 @@ def test_accuracy(
         assert ours.stride() == x.stride()
 
 
+@pytest.mark.parametrize("impl", ["triton", ON_CPU])
 @pytest.mark.parametrize("layout", ["NC", "channels last"])
 @pytest.mark.parametrize(("with_weight", "with_bias"), [(False, False), (True, False), (False, True)])
-def test_optional_affine(with_weight: bool, with_bias: bool, layout: str, assert_accurate: Any) -> None:
+def test_optional_affine(with_weight: bool, with_bias: bool, layout: str, impl: str, assert_accurate: Any) -> None:
     x, weight, bias = inputs((2, 12, 5, 6))
-    x = channels_last(x) if layout == "channels last" else x
+    x = laid_out(x, layout)
     arguments = (x, 3, weight if with_weight else None, bias if with_bias else None)
-    assert_accurate(group_norm(*arguments, impl="triton"), torchs(*arguments), formula(*arguments))
+    assert_accurate(group_norm(*arguments, impl=impl), torchs(*arguments), formula(*arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,7 +132,7 @@ def test_shift(
 ) -> None:
     """The time embedding that diffusers adds before the norm."""
     x, weight, bias = inputs(shape, dtype)
-    x = channels_last(x) if layout == "channels last" else x
+    x = laid_out(x, layout)
     shift = (torch.randn(shape[:2], generator=torch.Generator().manual_seed(1)) + offset).to(dtype)
     ours = group_norm(x, groups, weight, bias, activation="silu", shift=shift, impl="triton")
     arguments = (x, groups, weight, bias, 1e-5, "silu", shift)
@@ -152,7 +169,7 @@ def test_any_shape(
 @pytest.mark.parametrize("layout", ["NC", "channels last"])
 def test_same_bits_whatever_the_batch(layout: str) -> None:
     x, weight, bias = inputs((3, 8, 20, 21))
-    x = channels_last(x) if layout == "channels last" else x
+    x = laid_out(x, layout)
     together = group_norm(x, 2, weight, bias, impl="triton")
     assert torch.equal(together, group_norm(x, 2, weight, bias, impl="triton"))
     assert torch.equal(together[1:2], group_norm(x[1:2], 2, weight, bias, impl="triton"))
@@ -163,27 +180,19 @@ def test_same_bits_whatever_the_batch(layout: str) -> None:
 def test_poison_stays_in_its_group(layout: str, poison: float) -> None:
     x, weight, bias = inputs((2, 8, 6, 6))
     x[1, 3, 2, 2] = poison
-    x = channels_last(x) if layout == "channels last" else x
+    x = laid_out(x, layout)
     ours = group_norm(x, 4, weight, bias, activation="silu", impl="triton")
     assert ours[1, 2:4].isnan().all()
     torch.testing.assert_close(ours, torchs(x, 4, weight, bias, 1e-5, "silu"), equal_nan=True, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        pytest.param(lambda x: x[:, :, ::2, 1:], id="strided slice"),
-        pytest.param(lambda x: x.transpose(2, 3), id="transposed image"),
-        pytest.param(lambda x: x[:1].expand(3, -1, -1, -1), id="expanded batch"),
-        pytest.param(lambda x: channels_last(x)[:, 4:], id="slice of channels-last channels"),
-    ],
-)
+@in_other_layouts
 def test_other_layouts(view: Any, assert_accurate: Any) -> None:
     x = view(inputs((2, 12, 6, 7))[0])
     assert_accurate(group_norm(x, 4, impl="triton"), torchs(x, 4), formula(x, 4))
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference", None])
+@pytest.mark.parametrize("impl", ["triton", "reference", ON_CPU, None])
 def test_gradients_are_torchs(impl: str | None) -> None:
     tensors = [x.requires_grad_() for x in (*inputs((2, 8, 3, 3)), torch.randn(2, 8))]
     x, weight, bias, shift = tensors
