@@ -17,7 +17,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """PyTorch's: what ``kernels.attention`` is by definition, without the second and a half that its import takes."""
+    """PyTorch's: what ``kernels.attention`` is by definition, but that package is slow to import."""
     return F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (query, key, value))).transpose(1, 2)
 
 
